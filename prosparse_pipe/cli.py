@@ -1,0 +1,74 @@
+"""The command line: `prosparse-pipe COMMAND`. Commands live in prosparse_pipe/commands and are imported when used."""
+
+import importlib
+import sys
+from typing import ClassVar
+
+import click
+
+from prosparse_pipe import __version__
+from prosparse_pipe.errors import MissingExtraError
+
+
+class LazyGroup(click.Group):
+    """A click group that imports a command's module only when that command (or the help) needs it."""
+
+    commands_by_name: ClassVar[dict[str, str]] = {
+        "train": "prosparse_pipe.commands.train",
+        "profile": "prosparse_pipe.commands.profile",
+        "predictor": "prosparse_pipe.commands.predictor",
+        "export": "prosparse_pipe.commands.export",
+        "chat": "prosparse_pipe.commands.chat",
+        "bench": "prosparse_pipe.commands.bench",
+    }
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands_by_name)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.commands_by_name:
+            return None
+        return importlib.import_module(self.commands_by_name[cmd_name]).command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="prosparse-pipe")
+def cli() -> None:
+    """Make language models sparse (ProSparse) and run them fast in stock llama.cpp.
+
+    \b
+    train      dense checkpoint -> ReLU-sparse checkpoint
+    profile    activation rate of every neuron
+    predictor  low-rank activation predictors
+    export     GGUF that every llama.cpp runs, neurons sorted hot to cold
+    chat       talk to a model through the sparse backend
+    bench      sparse beside stock llama.cpp on the same file
+    """
+
+
+def main() -> None:
+    """Entry point: turns a missing extra into one line and Ctrl-C into exit code 130."""
+    try:
+        status = cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _TRAIN_MODULES:
+            raise
+        missing = MissingExtraError("train", error)
+        missing.show()
+        sys.exit(missing.exit_code)
+    except BrokenPipeError:  # `prosparse-pipe bench | head`
+        sys.stderr.close()
+        sys.exit(0)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+_TRAIN_MODULES = {"torch", "transformers", "accelerate", "datasets", "matplotlib", "safetensors", "yaml"}

@@ -1,0 +1,91 @@
+"""ReLU in the place of a gated FFN's activation, and the FATReLU threshold (arXiv 2402.13516, steps 1 and 3).
+
+A gated FFN computes x1 = act(gate_proj(x)) * up_proj(x) and down_proj(x1). It is found by its three projections and not
+by a list of classes, so Llama, Mistral, Qwen, SmolLM2 and Gemma are one case.
+"""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from prosparse_pipe.errors import UnsupportedModelError
+
+
+class FATReLU(nn.Module):
+    """x where x >= threshold and x > 0, else 0. With threshold 0 this is ReLU.
+
+    Source: arXiv 2402.13516, section 3.2 step 3.
+    """
+
+    def __init__(self, threshold: float = 0.0) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.threshold == 0.0:
+            return nn.functional.relu(x)
+        return torch.where(x >= self.threshold, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold}"
+
+
+@dataclasses.dataclass
+class GatedFFN:
+    """One layer's gated FFN: `module` holds gate (d -> d_ff), up (d -> d_ff), down (d_ff -> d) and its activation."""
+
+    layer: int
+    name: str
+    module: nn.Module
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+    activation_attribute: str
+
+
+def find_ffns(model: nn.Module) -> list[GatedFFN]:
+    """The gated FFNs of a decoder, in layer order.
+
+    Raises:
+        UnsupportedModelError: there is none, or one has no activation module to replace (e.g. fused gate_up_proj).
+    """
+    ffns = []
+    for name, module in model.named_modules():
+        gate, up, down = (getattr(module, f"{part}_proj", None) for part in ("gate", "up", "down"))
+        if gate is None or up is None or down is None:
+            continue
+        attribute = next((a for a in ("act_fn", "activation_fn", "act") if callable(getattr(module, a, None))), None)
+        if attribute is None:
+            raise UnsupportedModelError(f"{name} has no activation (act_fn) to replace", "only act(gate) * up FFNs can be made sparse")
+        ffns.append(GatedFFN(len(ffns), name, module, gate, up, down, attribute))
+    if not ffns:
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise UnsupportedModelError(
+            f"a {kind} model has no FFN with gate_proj, up_proj and down_proj",
+            "ProSparse needs a gated FFN: Llama, Mistral, Qwen2/3, SmolLM2, Gemma",
+        )
+    return ffns
+
+
+def substitute_relu(model: nn.Module, threshold: float = 0.0) -> list[GatedFFN]:
+    """Replaces the activation of every gated FFN by FATReLU(threshold) and says so in the config.
+
+    The config gets `hidden_act: relu` (Gemma: `hidden_activation` too), so plain transformers computes ReLU, and
+    `hidden_act_param: threshold`, the field of the released ProSparse models.
+
+    Returns:
+        The FFNs, in layer order.
+
+    Raises:
+        UnsupportedModelError: no gated FFN.
+    """
+    ffns = find_ffns(model)
+    for ffn in ffns:
+        setattr(ffn.module, ffn.activation_attribute, FATReLU(threshold))
+    config = model.config
+    config.hidden_act = "relu"
+    if hasattr(config, "hidden_activation"):
+        config.hidden_activation = "relu"
+    config.hidden_act_param = threshold
+    return ffns
