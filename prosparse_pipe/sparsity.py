@@ -1,7 +1,7 @@
 """How sparse the FFNs of a model are: counts of active neurons, and what the hottest neurons cover.
 
-A neuron is active for a token if its x1 = act(gate) * up, the input of down_proj, is not exactly zero. activation_rate is
-the share of tokens for which a neuron is active; sparsity = 1 - rate.
+A neuron is active for a token if its x1 = act(gate) * up, the input of down_proj, is not exactly zero. activation_rate
+is the share of tokens for which a neuron is active; sparsity = 1 - rate.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class ActivationRecorder:
                 model(block)
         recorder.sparsity()
 
-    Counts stay on the device of each layer, so recording costs no synchronisation. Use it without gradient checkpointing:
+    Counts stay on the device of each layer, so recording costs no synchronisation. Not for gradient checkpointing:
     a layer that is recomputed would count twice.
 
     Args:
