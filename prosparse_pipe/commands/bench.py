@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from prosparse_pipe.commands.options import find_model, llama_kwargs, runtime_options
+from prosparse_pipe.checkpoint import resolve_gguf
+from prosparse_pipe.commands.options import llama_kwargs, runtime_options
 
 
 class IntList(click.ParamType):
@@ -65,9 +66,9 @@ def command(
     if not n_prompt and not n_gen:
         raise click.UsageError("--n-prompt and --n-gen are both 0: nothing to measure")
     kwargs = llama_kwargs(**runtime)
-    text = prompt_file.read_text() if prompt_file else None
+    text = prompt_file.read_text(errors="replace") if prompt_file else None
     rows = run_bench(
-        find_model(model or model_option),
+        resolve_gguf(model or model_option),
         n_prompt,
         n_gen,
         sweep_threads or [runtime["threads"]],

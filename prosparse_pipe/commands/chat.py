@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from prosparse_pipe.commands.options import find_model, llama_kwargs, runtime_options
+from prosparse_pipe.checkpoint import resolve_gguf
+from prosparse_pipe.commands.options import llama_kwargs, runtime_options
 
 
 @click.command("chat")
@@ -29,7 +30,7 @@ from prosparse_pipe.commands.options import find_model, llama_kwargs, runtime_op
 @runtime_options
 def command(model: str | None, model_option: str | None, prompt: str | None, system_prompt: str | None, n_predict: int,
             temp: float, top_k: int, top_p: float, min_p: float, repeat_penalty: float, seed: int | None, dense: bool,
-            verbose: bool, **runtime: Any) -> None:  # fmt: skip
+            verbose: int, **runtime: Any) -> None:  # fmt: skip
     """Talk to MODEL: a GGUF file or a run folder (default: the newest export).
 
     The answer goes to standard output, everything else to standard error. Ctrl-C stops an answer, Ctrl-D ends.
@@ -39,7 +40,7 @@ def command(model: str | None, model_option: str | None, prompt: str | None, sys
 
     if model and model_option:
         raise click.UsageError("give the model once: as the argument or with --model")
-    path = find_model(model or model_option)
+    path = resolve_gguf(model or model_option)
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         prompt = sys.stdin.read().strip()
         if not prompt:
@@ -49,6 +50,6 @@ def command(model: str | None, model_option: str | None, prompt: str | None, sys
                 "seed": random.getrandbits(31) if seed is None else seed}  # fmt: skip
     conversation = Conversation(llama, system_prompt, n_predict, sampling)
     try:
-        converse(conversation, prompt, verbose)
+        converse(conversation, prompt, verbose > 0)
     finally:
         llama.close()

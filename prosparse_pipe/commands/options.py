@@ -1,34 +1,11 @@
 """Options that several commands share, named as in llama.cpp."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
-from prosparse_pipe.checkpoint import runs_folder
-from prosparse_pipe.errors import GGUFError
 from prosparse_pipe.hardware import usable_cores
-
-
-def find_model(model: str | None) -> Path:
-    """The GGUF to run: a file, the newest GGUF of a run folder, or of the newest run if `model` is None.
-
-    Raises:
-        GGUFError: there is none.
-    """
-    if model is not None and not Path(model).is_dir():
-        if not Path(model).is_file():
-            raise GGUFError(f"{model} does not exist", "give a .gguf file or a run folder")
-        return Path(model)
-    pattern = "*.gguf" if model is not None else "*/gguf/*.gguf"
-    folders = [Path(model), Path(model) / "gguf"] if model is not None else [runs_folder()]
-    found = [f for folder in folders for f in folder.glob(pattern) if not f.name.endswith(".predictor.gguf")]
-    if not found:
-        raise GGUFError(
-            f"no GGUF in {model or runs_folder()}", "run `prosparse-pipe export --gguf` first, or give a .gguf file"
-        )
-    return max(found, key=lambda f: f.stat().st_mtime)
 
 
 def runtime_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,7 +47,7 @@ def runtime_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="type of cached values; quantized needs -fa",
         ),
         click.option("-fa", "--flash-attn", is_flag=True, help="use flash attention"),
-        click.option("-v", "--verbose", is_flag=True, help="figures and llama.cpp's log on stderr"),
+        click.option("-v", "--verbose", count=True, help="figures on stderr; -vv: llama.cpp's log too"),
     ]
     for option in reversed(options):
         command = option(command)
@@ -81,7 +58,7 @@ KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_
 
 
 def llama_kwargs(
-    ctx_size: int, batch_size: int, threads: int, cache_type_k: str, cache_type_v: str, flash_attn: bool, verbose: bool
+    ctx_size: int, batch_size: int, threads: int, cache_type_k: str, cache_type_v: str, flash_attn: bool, verbose: int
 ) -> dict[str, Any]:
     """`runtime_options` as keyword arguments of `llama_cpp.Llama`."""
     if cache_type_v not in ("f32", "f16", "bf16") and not flash_attn:
@@ -94,5 +71,5 @@ def llama_kwargs(
         "type_k": KV_TYPES[cache_type_k],
         "type_v": KV_TYPES[cache_type_v],
         "flash_attn": flash_attn,
-        "verbose": verbose,
+        "verbose": verbose > 1,
     }
