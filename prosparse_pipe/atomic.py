@@ -29,9 +29,13 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise ProsparseError(f"no space left while writing {target}", "free some disk space and try again") from error
+            raise ProsparseError(
+                f"no space left while writing {target}", "free some disk space and try again"
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise ProsparseError(f"cannot write {target}: {error.strerror}", "choose another folder with --out") from error
+            raise ProsparseError(
+                f"cannot write {target}: {error.strerror}", "choose another folder with --out"
+            ) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
