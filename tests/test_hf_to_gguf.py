@@ -240,7 +240,7 @@ def test_tokenizer_that_llama_cpp_splits_differently_is_an_error_naming_the_stri
     source = open_source(run, None)
     source.vocab.pre = "gpt-2"  # as if the pre-tokenizer had been misjudged: the digits are split otherwise
     source.vocab.merges.insert(0, "1 2")
-    with pytest.raises(GGUFError, match="llama.cpp splits '.*' into"):
+    with pytest.raises(GGUFError, match=r"llama.cpp splits '.*' into"):
         write_model(source, tmp_path / "out" / "m.gguf", "F32")
     assert list((tmp_path / "out").iterdir()) == []
 
