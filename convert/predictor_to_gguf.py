@@ -1,7 +1,8 @@
 """The predictor sidecar NAME.predictor.gguf: low-rank activation predictors and activation rates, in the file's order.
 
 The runtime sees the FFN's input, which is the norm's output. A predictor trained before the norm is converted: with
-y = w * h / rms(h), fc1 h = rms(h) * (fc1 / w) y, and a positive factor does not change the sign of fc2 relu(fc1 h).
+y = w * h / rms(h), fc1 (h / rms(h)) = (fc1 / w) y. It was trained on h / rms(h), since a positive factor does not
+change the sign of fc2 relu(fc1 h).
 """
 
 import dataclasses
@@ -58,11 +59,15 @@ def write_predictor(source: ModelSource, rates: list[np.ndarray], target: Path) 
             writer.add_string("prosparse.predictor.input", "post_norm")
             writer.add_array("prosparse.predictor.rank", [int(fc1.shape[0]) for fc1, _ in pairs])
             writer.add_array("prosparse.predictor.recall", [float(layer["recall"]) for layer in layers])
-            writer.add_array("prosparse.predictor.threshold", [float(layer["threshold"]) for layer in layers])
+            scales = [1.0] * source.n_layer
+            if metadata["input"] == "pre_norm":
+                scales = [_fold_scale(source, il, fc1) for il, (fc1, _) in enumerate(pairs)]
+            thresholds = [float(layer["threshold"]) / scale for layer, scale in zip(layers, scales, strict=True)]
+            writer.add_array("prosparse.predictor.threshold", thresholds)
             for il, (fc1, fc2) in enumerate(pairs):
                 order = source.orders[il] if source.orders is not None else slice(None)
                 if metadata["input"] == "pre_norm":
-                    fc1 = _fold_norm(source, il, fc1)
+                    fc1 = fc1.astype(np.float32) / (_norm_weight(source, il) * scales[il])
                 writer.add_tensor(f"blk.{il}.ffn_predictor.fc1.weight", np.ascontiguousarray(fc1, np.float16))
                 writer.add_tensor(f"blk.{il}.ffn_predictor.fc2.weight", np.ascontiguousarray(fc2[order], np.float16))
                 rate = np.ascontiguousarray(rates[il][order], np.float32)
@@ -74,16 +79,19 @@ def write_predictor(source: ModelSource, rates: list[np.ndarray], target: Path) 
             writer.close()
 
 
-def _fold_norm(source: ModelSource, il: int, fc1: np.ndarray) -> np.ndarray:
+def _norm_weight(source: ModelSource, il: int) -> np.ndarray:
     weight = source.weights.read(f"model.layers.{il}.post_attention_layernorm.weight").float().numpy()
     if np.abs(weight).min() < 1e-4:
         raise CheckpointError(
             f"the predictor of layer {il} reads the stream before a norm that has zero weights",
             "train it after the norm: prosparse-pipe predictor --input post_norm",
         )
-    folded = fc1.astype(np.float32) / weight
-    # Scaling a whole layer keeps every sign; 1 keeps fc1 within F16.
-    return folded / max(1.0, float(np.abs(folded).max()) / 1024)
+    return weight
+
+
+def _fold_scale(source: ModelSource, il: int, fc1: np.ndarray) -> float:
+    """What a layer's logits are divided by so that fc1 / w stays within F16; its threshold is divided too."""
+    return max(1.0, float(np.abs(fc1.astype(np.float32) / _norm_weight(source, il)).max()) / 1024)
 
 
 @dataclasses.dataclass

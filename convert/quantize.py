@@ -160,5 +160,5 @@ def _run(source: str, target: str, ftype: int, threads: int, imatrix: str | None
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    sys.exit(1 if _run(*arguments[:2], int(arguments[2]), int(arguments[3]), (arguments[4:] or [None])[0]) else 0)
+    _source, _target, _ftype, _threads, *_imatrix = sys.argv[1:]
+    sys.exit(1 if _run(_source, _target, int(_ftype), int(_threads), _imatrix[0] if _imatrix else None) else 0)

@@ -43,7 +43,7 @@ def command(
     """Write the sparse model RUN (default: the newest run) as GGUF.
 
     \b
-    Stock llama.cpp, LM Studio and Ollama compute the same ReLU model from the file; the sparse backend computes it faster.
+    Stock llama.cpp, LM Studio and Ollama compute the same ReLU model from the file; the sparse backend is faster.
     The predictors, if `prosparse-pipe predictor` has trained them, go into NAME.predictor.gguf beside it.
 
     \b
