@@ -30,11 +30,11 @@ def _ranks(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[in
     show_default=True,
     help="What it reads: the FFN's input, or the residual stream before the norm.",
 )
-@click.option("-n", "--tokens", type=click.IntRange(64), default=100_000, show_default=True, help="Tokens at most.")
+@click.option("-n", "--tokens", type=click.IntRange(256), default=100_000, show_default=True, help="Tokens at most.")
 @click.option(
     "--ranks",
     callback=_ranks,
-    default="64,128,256,512,1024",
+    default="32,64,128,256,512,1024",
     show_default=True,
     help="Candidates; a layer takes the one with which a token reads the fewest weights.",
 )
