@@ -5,11 +5,18 @@ by a list of classes, so Llama, Mistral, Qwen, SmolLM2 and Gemma are one case.
 """
 
 import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
+from transformers.activations import ACT2FN
 
-from prosparse_pipe.errors import UnsupportedModelError
+from prosparse_pipe.checkpoint import SparseInfo
+from prosparse_pipe.errors import CheckpointError, UnsupportedModelError
 
 
 class FATReLU(nn.Module):
@@ -57,7 +64,9 @@ def find_ffns(model: nn.Module) -> list[GatedFFN]:
             continue
         attribute = next((a for a in ("act_fn", "activation_fn", "act") if callable(getattr(module, a, None))), None)
         if attribute is None:
-            raise UnsupportedModelError(f"{name} has no activation (act_fn) to replace", "only act(gate) * up FFNs can be made sparse")
+            raise UnsupportedModelError(
+                f"{name} has no activation (act_fn) to replace", "only act(gate) * up FFNs can be made sparse"
+            )
         ffns.append(GatedFFN(len(ffns), name, module, gate, up, down, attribute))
     if not ffns:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
@@ -89,3 +98,73 @@ def substitute_relu(model: nn.Module, threshold: float = 0.0) -> list[GatedFFN]:
         config.hidden_activation = "relu"
     config.hidden_act_param = threshold
     return ffns
+
+
+def set_threshold(ffns: list[GatedFFN], threshold: float) -> None:
+    """Sets the FATReLU threshold of FFNs whose activation `substitute_relu` replaced."""
+    for ffn in ffns:
+        getattr(ffn.module, ffn.activation_attribute).threshold = threshold
+
+
+def drop_quantizer(model: nn.Module) -> None:
+    """Makes a model that was dequantized from GGUF an ordinary one: it saves, and says nothing of GGUF in its config."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def load_model(path: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer from a folder, a hub name or a .gguf file.
+
+    Raises:
+        CheckpointError: it cannot be read, with the reason in one line.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, name = os.path.split(path)
+    arguments = {"gguf_file": name} if name.endswith(".gguf") else {}
+    source = folder or "." if arguments else path
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"{path} cannot be loaded: {reason[0]}", "is it a whole checkpoint that transformers reads?"
+        ) from None
+    if arguments:
+        drop_quantizer(model)
+    return model, tokenizer
+
+
+def load_sparse_model(
+    run: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Any, Any, SparseInfo]:
+    """A sparse checkpoint with its threshold in place, ready to evaluate, its tokenizer, and what it says of itself.
+
+    Reads both layouts: `hidden_act: relu` and the released models' `fatrelu`, with `hidden_act_param`.
+
+    Raises:
+        UnsupportedModelError: the checkpoint is not a ReLU model.
+        CheckpointError: it is damaged.
+    """
+    try:
+        config = json.loads((run / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{run}/config.json cannot be read: {error}", "train again, or restore the file"
+        ) from None
+    activation = config.get("hidden_activation") or config.get("hidden_act")
+    if activation not in ("relu", "fatrelu"):
+        raise UnsupportedModelError(
+            f"{run} is not a ReLU model (hidden_act is {activation})", "make it one with `prosparse-pipe train` first"
+        )
+    if activation == "fatrelu":
+        ACT2FN.setdefault("fatrelu", FATReLU)
+    model, tokenizer = load_model(str(run), dtype)
+    threshold = float(config.get("hidden_act_param") or 0.0)
+    substitute_relu(model, threshold)
+    has_info = (run / "prosparse.json").is_file()
+    info = SparseInfo.load(run) if has_info else SparseInfo("fatrelu" if threshold else "relu", threshold)
+    return model.to(device).eval(), tokenizer, info
