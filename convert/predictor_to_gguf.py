@@ -127,14 +127,14 @@ def load_predictor(path: Path, model_path: Path) -> Predictor:
             f"{path} is not a predictor sidecar", "give the .predictor.gguf that export wrote beside the model"
         )
     wanted = _value(model, "prosparse.id")
-    if wanted is None:
+    arch = _value(model, "general.architecture")
+    if wanted is None or arch == ARCHITECTURE:
         raise GGUFError(
             f"{model_path} is not a sparse model of prosparse-pipe", "export it with `prosparse-pipe export`"
         )
     if _value(sidecar, "prosparse.id") != wanted or _value(sidecar, "prosparse.version") != 1:
         raise GGUFError(f"{path} belongs to another model than {model_path}", "use the sidecar of the same export")
     tensors = {tensor.name: tensor.data for tensor in sidecar.tensors}
-    arch = _value(model, "general.architecture")
     n_layer, n_embd, n_ff = (
         int(_value(model, f"{arch}.{key}")) for key in ("block_count", "embedding_length", "feed_forward_length")
     )

@@ -103,13 +103,14 @@ def torch_greedy(run: Path, tokens: list[int], count: int) -> list[int]:
     return ids[len(tokens) :]
 
 
-def stock(path: Path) -> Any:
+def stock(path: Path, n_batch: int = 256) -> Any:
     """The file in llama-cpp-python as it comes, without the sparse backend, F32 cache."""
     import llama_cpp
 
     return llama_cpp.Llama(
         str(path),
         n_ctx=256,
+        n_batch=n_batch,
         n_threads=2,
         n_gpu_layers=0,
         logits_all=True,
@@ -119,8 +120,12 @@ def stock(path: Path) -> Any:
     )
 
 
-def stock_logits(path: Path, tokens: list[int]) -> np.ndarray:
-    llama = stock(path)
+def stock_logits(path: Path, tokens: list[int], n_batch: int = 256) -> np.ndarray:
+    """Logits of stock llama.cpp, float64 (len(tokens), n_vocab).
+
+    n_batch 1 reads token by token, as decoding does: builds with GCC 12 crash in the AMX prefill of quantized types.
+    """
+    llama = stock(path, n_batch)
     llama.eval(tokens)
     logits = np.array(llama.scores[: len(tokens)], np.float64)
     llama.close()
