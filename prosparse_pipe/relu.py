@@ -107,7 +107,7 @@ def set_threshold(ffns: list[GatedFFN], threshold: float) -> None:
 
 
 def drop_quantizer(model: nn.Module) -> None:
-    """Makes a model that was dequantized from GGUF an ordinary one: it saves, and says nothing of GGUF in its config."""
+    """Makes a model that was dequantized from GGUF an ordinary one, which saves and whose config knows no GGUF."""
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

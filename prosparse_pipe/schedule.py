@@ -5,6 +5,7 @@ lambda_i along half a sine. Two equal neighbours make a constant stage. After th
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -43,7 +44,7 @@ class StagedSchedule:
         ends = [0, *(stage.end_step for stage in stages)]
         if any(stage.coefficient < 0 or not math.isfinite(stage.coefficient) for stage in stages):
             raise ProsparseError("the schedule has a coefficient below 0", "coefficients are lambda_i >= 0")
-        if any(end < start for start, end in zip(ends, ends[1:], strict=False)):
+        if any(end < start for start, end in itertools.pairwise(ends)):
             raise ProsparseError("the schedule's stages do not end one after the other", "sort them by their end")
         self.stages = tuple(stages)
 

@@ -1,0 +1,300 @@
+"""Text in, blocks of tokens out: the same for training, held-out evaluation, profiles and predictors.
+
+A source is
+  - a file, a folder or a glob of .txt/.md, .jsonl/.json or .parquet files,
+  - the name of a dataset on the hub (`user/name`, `user/name:split`), streamed,
+  - `chitchat`: the conversations of the package chitchat-dataset (extra `demo`).
+
+A row of jsonl, parquet or a hub dataset is a document: `text`, or a chat in one of the usual forms (`messages` with role
+and content; `conversations` with from and value, as ShareGPT has it; `instruction`, `input`, `output`, as Alpaca has it),
+which the tokenizer's chat template renders. Plain text is cut at blank lines into documents of about 2,000 characters.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import importlib.util
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prosparse_pipe.errors import ProsparseError
+
+HELDOUT_SHARE = 0.02
+DOCUMENT_CHARACTERS = 2000
+SHUFFLE_BUFFER = 10_000  # documents
+SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
+
+
+class DataError(ProsparseError):
+    """A source is missing, unreadable, or holds no text."""
+
+
+# ---- documents
+
+
+def read_chitchat() -> Iterator[dict[str, Any]]:
+    """Conversations of the package chitchat-dataset; the two speakers take the roles of user and assistant in turn."""
+    spec = importlib.util.find_spec("chitchat_dataset")
+    if spec is None or spec.origin is None:
+        raise DataError(
+            "the text `chitchat` is not installed", "pip install 'prosparse-pipe[demo]', or give --data FILE"
+        )
+    path = Path(spec.origin).parent / "dataset.json"
+    for conversation in json.loads(path.read_text(encoding="utf-8")).values():
+        turns = ["\n".join(message["text"] for message in turn).strip() for turn in conversation["messages"]]
+        turns = [turn for turn in turns if turn]
+        if len(turns) >= 2:
+            yield {"messages": [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]}
+
+
+def read_text(path: Path) -> Iterator[dict[str, Any]]:
+    """Documents of a plain text file: paragraphs joined until there are about DOCUMENT_CHARACTERS."""
+    paragraphs: list[str] = []
+    lines: list[str] = []
+    size = 0
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.strip():
+                lines.append(line.rstrip("\n"))
+                size += len(line)
+                continue
+            if lines:
+                paragraphs.append("\n".join(lines))
+                lines = []
+            if size >= DOCUMENT_CHARACTERS:
+                yield {"text": "\n\n".join(paragraphs)}
+                paragraphs, size = [], 0
+    paragraphs += ["\n".join(lines)] if lines else []
+    if paragraphs:
+        yield {"text": "\n\n".join(paragraphs)}
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a jsonl file, or of a json file that holds one list."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        if path.suffix == ".json":
+            try:
+                rows = json.load(file)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path} is not valid JSON: {error}", "repair the file") from None
+            if not isinstance(rows, list):
+                raise DataError(
+                    f"{path} does not hold a list of rows", "give a list, or one JSON object a line (.jsonl)"
+                )
+            yield from rows
+            return
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number} is not valid JSON: {error.msg}", "repair or remove it"
+                ) from None
+            yield row
+
+
+def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a parquet file, read in batches."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path} is not a readable parquet file: {error}", "download or write it again") from None
+
+
+def read_hub(name: str) -> Iterator[dict[str, Any]]:
+    """Rows of a dataset on the hub, streamed; `user/name:split`, the split is `train` unless given."""
+    from datasets import load_dataset
+
+    repository, _, split = name.partition(":")
+    try:
+        yield from load_dataset(repository, split=split or "train", streaming=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"dataset {name} cannot be read: {reason}", "give a local file, or check name and network"
+        ) from None
+
+
+def find_files(source: str) -> list[Path]:
+    """The files that a path, folder or glob names, sorted; empty if it names none."""
+    if Path(source).is_dir():
+        return sorted(p for p in Path(source).rglob("*") if p.suffix in SUFFIXES)
+    return [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
+
+
+def read_source(source: str) -> Iterator[dict[str, Any]]:
+    """Rows of one source, in its own order.
+
+    Raises:
+        DataError: it does not exist, has an unknown format, or cannot be read.
+    """
+    if source == "chitchat":
+        yield from read_chitchat()
+        return
+    files = find_files(source)
+    if not files:
+        is_path = source.startswith((".", "/", "~")) or Path(source).suffix in SUFFIXES or "*" in source
+        if is_path or source.count("/") != 1:
+            raise DataError(
+                f"data {source} does not exist", "give a file, a folder, a glob, `chitchat` or user/dataset"
+            )
+        yield from read_hub(source)
+        return
+    readers = {".parquet": read_parquet, ".jsonl": read_jsonl, ".json": read_jsonl, ".txt": read_text, ".md": read_text}
+    for path in files:
+        reader = readers.get(path.suffix)
+        if reader is None:
+            raise DataError(
+                f"{path} has the unknown format {path.suffix or 'without suffix'}", f"known: {', '.join(SUFFIXES)}"
+            )
+        yield from reader(path)
+
+
+def render(row: Any, tokenizer: Any) -> str:
+    """The document of a row as text; chats through the tokenizer's template.
+
+    Raises:
+        DataError: the row has neither text nor a chat.
+    """
+    if isinstance(row, dict):
+        if isinstance(row.get("text"), str):
+            return row["text"]
+        messages = None
+        if isinstance(row.get("messages"), list):
+            messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+        elif isinstance(row.get("conversations"), list):
+            roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+            messages = [{"role": roles.get(m["from"], "user"), "content": m["value"]} for m in row["conversations"]]
+        elif isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
+            question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+        if messages is not None:
+            if tokenizer.chat_template:
+                return tokenizer.apply_chat_template(messages, tokenize=False)
+            return "\n".join(f"{m['role']}: {m['content']}" for m in messages)
+    keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+    raise DataError(f"a row has neither `text` nor a chat; it has: {keys}", "see docs/train.md for the formats")
+
+
+def is_heldout(digest: bytes) -> bool:
+    """Held-out documents are chosen by content, so that the choice survives reordering and further sources."""
+    return int.from_bytes(digest[:8], "big") < HELDOUT_SHARE * 2**64
+
+
+def read_documents(tokenizer: Any, sources: Iterable[str], split: str, seed: int) -> Iterator[str]:
+    """Distinct documents of the sources, shuffled within a buffer of SHUFFLE_BUFFER.
+
+    Args:
+        split: "train" or "heldout", which takes 2 % of the documents by their hash.
+        seed: of the shuffle; the order depends on nothing else.
+    """
+    order = random.Random(seed)
+    seen: set[bytes] = set()
+    buffer: list[str] = []
+    for source in sources:
+        for row in read_source(source):
+            document = render(row, tokenizer)
+            digest = hashlib.blake2b(document.encode(), digest_size=16).digest()
+            if not document.strip() or digest in seen or is_heldout(digest) != (split == "heldout"):
+                continue
+            seen.add(digest)
+            if len(buffer) < SHUFFLE_BUFFER:
+                buffer.append(document)
+                continue
+            place = order.randrange(SHUFFLE_BUFFER)
+            buffer[place], document = document, buffer[place]
+            yield document
+    order.shuffle(buffer)
+    yield from buffer
+
+
+# ---- tokens
+
+
+def token_blocks(
+    tokenizer: Any,
+    sources: Iterable[str],
+    seq_len: int,
+    *,
+    split: str = "train",
+    limit_tokens: int | None = None,
+    seed: int = 0,
+) -> Iterator[np.ndarray]:
+    """Documents packed into blocks, each document followed by EOS.
+
+    Args:
+        split: "train" or "heldout".
+        limit_tokens: stop after the block that reaches it; None: all.
+
+    Yields:
+        int64 (seq_len,). What does not fill a last block is dropped.
+
+    Raises:
+        DataError: a source is missing or unreadable, or there is not enough text for one block.
+    """
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split must be train or heldout, not {split}")
+    sources = list(sources)
+    pending: list[int] = []
+    n_blocks = n_tokens = 0
+    for document in read_documents(tokenizer, sources, split, seed):
+        pending += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        pending.append(tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0)
+        while len(pending) >= seq_len:
+            yield np.array(pending[:seq_len], np.int64)
+            del pending[:seq_len]
+            n_blocks += 1
+            n_tokens += seq_len
+            if limit_tokens is not None and n_tokens >= limit_tokens:
+                return
+    if n_blocks == 0:
+        raise DataError(
+            f"{', '.join(sources)}: the {split} text has {len(pending)} tokens, fewer than one block of {seq_len}",
+            "give more text, or a smaller --seq-len",
+        )
+
+
+@dataclasses.dataclass
+class PackedBlocks:
+    """Blocks of tokens, int32 (n_blocks, seq_len), and the order in which a run sees them.
+
+    Passes over the text are shuffled one after the other from `seed`, so sample i of a run is the same whatever the
+    number of processes, and a resumed run goes on with the sample that would have been next.
+    """
+
+    blocks: np.ndarray
+    n_samples: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self.n_samples
+
+    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+        epoch, place = divmod(sample, len(self.blocks))
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.blocks)))
+        ids = torch.from_numpy(self.blocks[self._order[1][place]].astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+
+def load_blocks(
+    tokenizer: Any, sources: Iterable[str], seq_len: int, split: str, limit_tokens: int | None, seed: int
+) -> np.ndarray:
+    """All blocks of `token_blocks` at once, int32 (n_blocks, seq_len)."""
+    blocks = token_blocks(tokenizer, sources, seq_len, split=split, limit_tokens=limit_tokens, seed=seed)
+    return np.stack([block.astype(np.int32) for block in blocks])
