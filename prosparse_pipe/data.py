@@ -6,8 +6,8 @@ A source is
   - `chitchat`: the conversations of the package chitchat-dataset (extra `demo`).
 
 A row of jsonl, parquet or a hub dataset is a document: `text`, or a chat in one of the usual forms (`messages` with role
-and content; `conversations` with from and value, as ShareGPT has it; `instruction`, `input`, `output`, as Alpaca has it),
-which the tokenizer's chat template renders. Plain text is cut at blank lines into documents of about 2,000 characters.
+and content; `conversations` with from and value, as in ShareGPT; `instruction`, `input`, `output`, as in Alpaca), which
+the tokenizer's chat template renders. Plain text is cut at blank lines into documents of about 2,000 characters.
 """
 
 import dataclasses
