@@ -167,8 +167,13 @@ void check_layers(const std::string & path, sparse_model & model) {
         const file_tensor & gate = require(il, "gate.weight");
         const file_tensor & up   = require(il, "up.weight");
         const file_tensor & down = require(il, "down.weight");
-        require(il, "gate.scale");
-        require(il, "up.scale");
+        for (const char * name : { "gate.scale", "up.scale" }) {
+            const file_tensor & scale = require(il, name);
+            if (scale.type != GGML_TYPE_F32 || scale.ne[0] != 1 || scale.ne[1] != 1) {
+                throw open_error{ path + ": blk." + std::to_string(il) + ".ffn_" + name +
+                                  " must be one F32 value: export it again" };
+            }
+        }
         if (up.ne[0] != gate.ne[0] || up.ne[1] != gate.ne[1] || down.ne[0] != gate.ne[1] || down.ne[1] != gate.ne[0]) {
             throw open_error{ path + ": the FFN tensors of layer " + std::to_string(il) + " do not fit each other" };
         }
