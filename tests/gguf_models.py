@@ -1,4 +1,4 @@
-"""Tiny random sparse GGUFs of every quantization type, their float64 reference, and stock llama.cpp on the same file."""
+"""Tiny random sparse GGUFs of every quantization type, their float64 reference, and stock llama.cpp on them."""
 
 import ctypes
 import dataclasses
@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 RELU_SCALE = 65536.0  # K of silu(K g) * (u / K)
-N_THREADS = 2
+N_THREADS = 1  # models this small gain nothing from more, and spinning threads starve each other on a busy machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,7 @@ def write_model(
     keys: dict[str, Any] | None = None,
     without_keys: bool = False,
     without: Sequence[str] = (),
+    replace: dict[str, np.ndarray] | None = None,
 ) -> TinyModel:
     """Writes a random ReLU llama with about a quarter of its neurons active.
 
@@ -86,6 +87,7 @@ def write_model(
         keys: replaces or adds prosparse keys, e.g. {"prosparse.version": 2}.
         without_keys: no prosparse keys at all: a dense file.
         without: tensors to leave out.
+        replace: other values for tensors, written as F32.
     """
     shape = shape or Shape()
     rng = np.random.default_rng(seed)
@@ -115,6 +117,8 @@ def write_model(
             tensors[f"{block}.ffn_up.scale"] = np.array([1 / RELU_SCALE], np.float32), Type.F32
     tensors["output_norm.weight"] = np.ones(n_embd, np.float32), Type.F32
     tensors["output.weight"] = 3 * normal(shape.n_vocab, n_embd), other_type
+
+    tensors.update({name: (value.astype(np.float32), Type.F32) for name, value in (replace or {}).items()})
 
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(shape.n_layer)
@@ -174,25 +178,35 @@ def _add_vocabulary(writer: gguf.GGUFWriter, n_vocab: int) -> None:
     writer.add_unk_token_id(0)
 
 
-def write_lora(path: Path, shape: Shape, *, rank: int = 4, seed: int = 1) -> Path:
+@dataclasses.dataclass
+class TinyLora:
+    """A written adapter and what it adds to each weight, float64."""
+
+    path: Path
+    deltas: dict[str, np.ndarray]
+
+
+def write_lora(path: Path, shape: Shape, *, rank: int = 4, seed: int = 1) -> TinyLora:
     """A LoRA adapter on gate, up and down of every layer, big enough to change the answer."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(rank))
+    deltas = {}
     for il in range(shape.n_layer):
         for name in ("gate", "up", "down"):
             n_in, n_out = (shape.n_ff, shape.n_embd) if name == "down" else (shape.n_embd, shape.n_ff)
-            a = rng.standard_normal((rank, n_in)) / np.sqrt(n_in)
-            b = rng.standard_normal((n_out, rank)) * 0.2
-            writer.add_tensor(f"blk.{il}.ffn_{name}.weight.lora_a", a.astype(np.float32))
-            writer.add_tensor(f"blk.{il}.ffn_{name}.weight.lora_b", b.astype(np.float32))
+            a = (rng.standard_normal((rank, n_in)) / np.sqrt(n_in)).astype(np.float32)
+            b = (rng.standard_normal((n_out, rank)) * 0.2).astype(np.float32)
+            writer.add_tensor(f"blk.{il}.ffn_{name}.weight.lora_a", a)
+            writer.add_tensor(f"blk.{il}.ffn_{name}.weight.lora_b", b)
+            deltas[f"blk.{il}.ffn_{name}.weight"] = b.astype(np.float64) @ a.astype(np.float64)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return TinyLora(path, deltas)
 
 
 def reference_logits(model: TinyModel, tokens: Sequence[int]) -> np.ndarray:
@@ -253,7 +267,7 @@ def load_stock(path: Path, **kwargs: Any) -> llama_cpp.Llama:
 
 
 def llama_arguments(**changes: Any) -> dict[str, Any]:
-    """What both engines get: two threads, F32 cache, all logits."""
+    """What both engines get: one thread, F32 cache, all logits."""
     return {
         "n_ctx": 256,
         "n_batch": 256,
