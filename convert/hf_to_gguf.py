@@ -4,12 +4,14 @@ Tensors are read, changed and written one at a time. Neurons are sorted from hot
 of down.
 """
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,17 @@ FLOAT_TYPES = {
     "BF16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
 }
 Progress = Callable[[int, int], None]
+
+
+@contextlib.contextmanager
+def short_write_is_disk_full() -> Iterator[None]:
+    """Gives the error of numpy's tofile on a full disk, which has no errno, the one it should have."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None and "written" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device") from error
+        raise
 
 
 @dataclasses.dataclass
@@ -176,7 +189,8 @@ def write_model(source: ModelSource, target: Path, dtype: str, progress: Progres
             done = 0
             for _, _, _, read in plan:
                 data = read()
-                writer.write_tensor_data(data)
+                with short_write_is_disk_full():
+                    writer.write_tensor_data(data)
                 done += data.nbytes
                 if progress is not None:
                     progress(done, total)

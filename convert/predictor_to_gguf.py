@@ -14,7 +14,7 @@ from gguf import GGUFReader, GGUFWriter
 
 from prosparse_pipe.atomic import atomic_path
 from prosparse_pipe.checkpoint import PREDICTORS_NAME
-from prosparse_pipe.convert.hf_to_gguf import ModelSource
+from prosparse_pipe.convert.hf_to_gguf import ModelSource, short_write_is_disk_full
 from prosparse_pipe.convert.weights import fingerprint
 from prosparse_pipe.errors import CheckpointError, GGUFError
 
@@ -74,7 +74,8 @@ def write_predictor(source: ModelSource, rates: list[np.ndarray], target: Path) 
                 writer.add_tensor(f"blk.{il}.ffn_activation_rate", rate)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
+            with short_write_is_disk_full():
+                writer.write_tensors_to_file()
         finally:
             writer.close()
 

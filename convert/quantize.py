@@ -102,7 +102,9 @@ def quantize(
     if status == 0:
         return
     if "iostream" in "".join(log) and shutil.disk_usage(target.parent).free < 2**24:
-        raise ProsparseError(f"no space left while writing {target.parent}", "free some disk space and try again")
+        raise ProsparseError(
+            f"no space left in {target.parent} while quantizing to {kind}", "free some disk space and try again"
+        )
     from prosparse_pipe.convert.vocab import last_error
 
     raise GGUFError(f"llama.cpp cannot quantize to {kind}: {last_error(log)}", "-v shows the quantizer's log")

@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class SparseInfo:
 
     Attributes:
         activation: `relu`, or `fatrelu` when threshold > 0.
-        threshold: FATReLU threshold t: an activation x counts if x >= t and x > 0, else it is 0 (arXiv 2402.13516, step 3).
+        threshold: FATReLU threshold t: an activation x counts if x >= t and x > 0, else it is 0 (arXiv 2402.13516,
+            step 3).
         sparsity: per layer, the share of exact zeros of x1 = act(gate) * up on held-out text, 0 to 1.
         evaluation: held-out figures, e.g. perplexity_dense, perplexity, tokens, text.
         provenance: base model, data, schedule, tokens seen, command, versions.
@@ -151,13 +153,27 @@ def save_activation_rates(run: Path, rates: list[np.ndarray], metadata: dict[str
         rates: per layer, f32 (intermediate_size,): share of tokens for which the neuron is active, 0 to 1.
         metadata: strings: tokens, text, threshold.
     """
+    target = run / RATES_NAME
+    tensors = {f"layers.{il}.activation_rate": np.ascontiguousarray(r, np.float32) for il, r in enumerate(rates)}
+    save_tensors(target, tensors, metadata)
+    return target
+
+
+def save_tensors(target: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all.
+
+    Raises:
+        ProsparseError: the disk is full, or the folder cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    target = run / RATES_NAME
     with atomic_path(target) as path:
-        tensors = {f"layers.{il}.activation_rate": np.ascontiguousarray(r, np.float32) for il, r in enumerate(rates)}
-        save_file(tensors, path, metadata=metadata)
-    return target
+        try:
+            save_file(tensors, path, metadata=metadata)
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))  # the only place where safetensors says why
+            raise OSError(int(code[1]) if code else None, str(error)) from error
 
 
 def load_activation_rates(run: Path) -> list[np.ndarray]:

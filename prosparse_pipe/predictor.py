@@ -28,8 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from prosparse_pipe.atomic import atomic_path
-from prosparse_pipe.checkpoint import PREDICTORS_NAME
+from prosparse_pipe.checkpoint import PREDICTORS_NAME, save_tensors
 from prosparse_pipe.convert.weights import fingerprint
 from prosparse_pipe.errors import ProsparseError, UnsupportedModelError
 from prosparse_pipe.profile import DTYPES, batches
@@ -453,11 +452,8 @@ def _check_space(run: Path, needed: int) -> None:
 
 
 def _write_partial(folder: Path, key: str, il: int, layer: LayerPredictor, tokens: int) -> None:
-    from safetensors.numpy import save_file
-
     metadata = {"key": key, "figures": json.dumps(layer.figures()), "tokens": str(tokens)}
-    with atomic_path(folder / f"{il}.safetensors") as path:
-        save_file({"fc1": layer.fc1, "fc2": layer.fc2}, path, metadata)
+    save_tensors(folder / f"{il}.safetensors", {"fc1": layer.fc1, "fc2": layer.fc2}, metadata)
 
 
 def _read_partial(folder: Path, key: str) -> dict[int, tuple[LayerPredictor, int]]:
@@ -480,8 +476,6 @@ def _read_partial(folder: Path, key: str) -> dict[int, tuple[LayerPredictor, int
 
 
 def _save(run: Path, result: TrainedPredictors, settings: PredictorSettings) -> None:
-    from safetensors.numpy import save_file
-
     tensors = {}
     for il, layer in enumerate(result.layers):
         tensors[f"layers.{il}.fc1.weight"] = np.ascontiguousarray(layer.fc1)
@@ -495,5 +489,4 @@ def _save(run: Path, result: TrainedPredictors, settings: PredictorSettings) -> 
         "tokens": str(result.tokens),
         "fingerprint": fingerprint(run),
     }
-    with atomic_path(run / PREDICTORS_NAME) as path:
-        save_file(tensors, path, metadata)
+    save_tensors(run / PREDICTORS_NAME, tensors, metadata)

@@ -1,6 +1,10 @@
 """Predictors: disk streaming, recall and rank on a tiny model, and the command."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from prosparse_pipe.checkpoint import PREDICTORS_NAME
 from prosparse_pipe.commands.predictor import command
 from prosparse_pipe.errors import ProsparseError
-from prosparse_pipe.predictor import ActivationStore, PredictorSettings, train_layer, weights_read
+from prosparse_pipe.predictor import PARTIAL_NAME, ActivationStore, PredictorSettings, train_layer, weights_read
 from prosparse_pipe.profile import batches
 from prosparse_pipe.relu import find_ffns, substitute_relu
 from prosparse_pipe.sparsity import ActivationRecorder
@@ -123,3 +127,31 @@ def test_command_trains_saves_and_cleans_up(tmp_path: Path) -> None:
     bad = CliRunner().invoke(command, [*arguments, "--ranks", "many"])
     assert bad.exit_code == 2
     assert "not a comma list of numbers" in bad.output
+
+
+def test_interrupted_training_keeps_finished_layers_and_no_activations(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run", "llama", threshold=0.5, num_hidden_layers=12)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{i}. {CORPUS[i % 3]}" for i in range(600)))
+    before = {path.name for path in run.iterdir()}
+    arguments = [str(run), "--data", str(tmp_path / "text.txt"), "--seq-len", "64", "--tokens", "4096"]
+    arguments += ["--ranks", "8,16,32", "--epochs", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prosparse_pipe", "predictor", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (run / PARTIAL_NAME / "1.safetensors").is_file():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, log = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in log
+    assert {path.name for path in run.iterdir()} == before | {PARTIAL_NAME}
+    kept = len(list((run / PARTIAL_NAME).iterdir()))
+    assert 2 <= kept < 12
+    again = CliRunner().invoke(command, arguments)
+    assert again.exit_code == 0, again.output
+    assert again.output.count("recall 0.") + again.output.count("recall 1.") == 12 - kept  # only the others are trained
+    assert {path.name for path in run.iterdir()} == before | {PREDICTORS_NAME}
+    assert len(load_file(run / PREDICTORS_NAME)) == 24
