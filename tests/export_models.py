@@ -103,7 +103,7 @@ def torch_greedy(run: Path, tokens: list[int], count: int) -> list[int]:
     return ids[len(tokens) :]
 
 
-def stock(path: Path, n_batch: int = 256) -> Any:
+def stock(path: Path, n_batch: int = 256, n_threads: int = 1) -> Any:
     """The file in llama-cpp-python as it comes, without the sparse backend, F32 cache."""
     import llama_cpp
 
@@ -111,7 +111,8 @@ def stock(path: Path, n_batch: int = 256) -> Any:
         str(path),
         n_ctx=256,
         n_batch=n_batch,
-        n_threads=2,
+        n_threads=n_threads,
+        n_threads_batch=n_threads,
         n_gpu_layers=0,
         logits_all=True,
         verbose=False,

@@ -283,7 +283,7 @@ def test_default_model_gives_transformers_greedy_tokens_in_stock(tmp_path: Path)
         answer = model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
         asked.append((text, ids[0].tolist(), answer.tolist()))
     for kind in ("F32", "F16"):
-        llama = stock(run / "gguf" / f"SmolLM2-135M-Instruct-ProSparse-{kind}.gguf")
+        llama = stock(run / "gguf" / f"SmolLM2-135M-Instruct-ProSparse-{kind}.gguf", n_threads=2)
         assert llama.metadata["tokenizer.ggml.pre"] == "smollm"
         assert llama.metadata["tokenizer.chat_template"] == tokenizer.chat_template
         for text, ids, expected in asked:
