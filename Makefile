@@ -60,11 +60,21 @@ setup: $(VENV)/.demo
 setup-test: $(VENV)/.test
 
 # llama-cpp-python compiles llama.cpp here (minutes, once: pip keeps the wheel); our backend is built against its ggml.
+# GCC before 14 miscompiles the AMX tile set-up of ggml (GCC bug 114098): quantized models crash on Xeons that have AMX.
+# pip's wheel cache does not know compiler flags, so the cache is left alone there.
+GCC_MAJOR := $(shell $${CXX:-g++} -dumpversion 2>/dev/null | cut -d. -f1)
+AMX := $(shell grep -qm1 amx_tile /proc/cpuinfo 2>/dev/null && echo yes)
+ifeq ($(AMX)$(shell test $(or $(GCC_MAJOR),99) -lt 14 && echo yes),yesyes)
+  LLAMA_BUILD := CMAKE_ARGS="$(CMAKE_ARGS) -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__"
+  LLAMA_CACHE := --no-cache-dir
+endif
+
 $(VENV)/.llama-cpp: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("prosparse-pipe needs Python 3.10 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "== llama-cpp-python: compiles for some minutes if pip has no wheel of it yet"
-	$(INSTALL) scikit-build-core cmake ninja llama-cpp-python
+	$(INSTALL) scikit-build-core cmake ninja
+	$(LLAMA_BUILD) $(INSTALL) $(LLAMA_CACHE) llama-cpp-python
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.llama-cpp pyproject.toml $(NATIVE)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from prosparse_pipe.checkpoint import SparseInfo
+from prosparse_pipe.convert.vocab import restore_pre_tokenizer
 from prosparse_pipe.errors import CheckpointError, UnsupportedModelError
 
 
@@ -135,6 +136,7 @@ def load_model(path: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
         ) from None
     if arguments:
         drop_quantizer(model)
+        restore_pre_tokenizer(tokenizer, path)
     return model, tokenizer
 
 
