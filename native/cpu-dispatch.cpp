@@ -11,7 +11,7 @@ extern const cpu_kernels kernels_x86_64_v4;
 
 int available_kernels(const cpu_kernels ** list, int capacity) {
     int  n   = 0;
-    auto add = [&](const cpu_kernels & kernels) {
+    auto add = [&](const cpu_kernels& kernels) {
         if (n < capacity) {
             list[n++] = &kernels;
         }
@@ -25,14 +25,15 @@ int available_kernels(const cpu_kernels ** list, int capacity) {
         add(kernels_x86_64_v3);
     }
     if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd")) {
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512cd")) {
         add(kernels_x86_64_v4);
     }
 #endif
     return n;
 }
 
-const cpu_kernels & select_kernels() {
+const cpu_kernels& select_kernels() {
     static const cpu_kernels * best = [] {
         const cpu_kernels * list[4];
         return list[available_kernels(list, 4) - 1];

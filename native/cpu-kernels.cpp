@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #if defined(__F16C__) || defined(__AVX512F__)
-#    include <immintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace prosparse {
@@ -19,9 +19,10 @@ typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint8_t  u8x16 __attribute__((vector_size(16), aligned(1), may_alias));
 typedef int8_t   i8x16 __attribute__((vector_size(16), aligned(1), may_alias));
 
-constexpr i32x16 iota = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 };
+constexpr i32x16 iota = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-template <typename V> inline V load(const void * p) {
+template <typename V>
+inline V load(const void * p) {
     V v;
     memcpy(&v, p, sizeof(v));
     return v;
@@ -64,8 +65,8 @@ inline f32x16 load_bf16(const uint16_t * p) {
 
 // Codes of one chunk of one neuron as f32 levels: lo = elements 0..15, hi = 16..31.
 template <int LOW, int HIGH, bool SIGNED>
-inline void load_levels(const uint8_t * low, const uint8_t * high, int zero, const f32x16 & table, bool use_table,
-                        f32x16 & lo, f32x16 & hi) {
+inline void load_levels(const uint8_t * low, const uint8_t * high, int zero, const f32x16& table, bool use_table,
+                        f32x16& lo, f32x16& hi) {
     i32x16 a, b;
     if constexpr (LOW == 8) {
         if constexpr (SIGNED) {
@@ -102,39 +103,38 @@ inline void load_levels(const uint8_t * low, const uint8_t * high, int zero, con
 }
 
 // scale and offset of 16 elements e.. of the group that `neuron` is in
-inline void load_scale(const down_view & v, int64_t neuron, int64_t e, f32x16 & scale, f32x16 & offset) {
-    const down_codec & c     = *v.codec;
-    const int64_t      n_pad = v.n_chunks * chunk_size;
-    const int64_t      s     = neuron / c.super * n_pad + e;
-    const int64_t      g     = neuron / c.group * n_pad + e;
-    scale                    = load_f16(v.d + s);
-    offset                   = f32x16{};
+inline void load_scale(const down_view& v, int64_t neuron, int64_t e, f32x16& scale, f32x16& offset) {
+    const down_codec& c     = *v.codec;
+    const int64_t     n_pad = v.n_chunks * chunk_size;
+    const int64_t     s     = neuron / c.super * n_pad + e;
+    const int64_t     g     = neuron / c.group * n_pad + e;
+    scale                   = load_f16(v.d + s);
+    offset                  = f32x16{};
     switch (c.kind) {
         case down_codec::scales::d_m:
             offset = load_f16(v.m + s);
             break;
         case down_codec::scales::d_sc:
-            scale *= __builtin_convertvector(__builtin_convertvector(load<i8x16>(v.sc + g), i32x16) - c.zero_sc, f32x16);
+            scale *=
+                __builtin_convertvector(__builtin_convertvector(load<i8x16>(v.sc + g), i32x16) - c.zero_sc, f32x16);
             break;
         case down_codec::scales::d_sc_dmin_mn:
             scale *= __builtin_convertvector(__builtin_convertvector(load<u8x16>(v.sc + g), i32x16), f32x16);
             offset = -(load_f16(v.m + s) *
                        __builtin_convertvector(__builtin_convertvector(load<u8x16>(v.mn + g), i32x16), f32x16));
             break;
-        case down_codec::scales::d_sc4_dmin_mn4:
-            {
-                const u8x16 q = load<u8x16>(v.sc + g);
-                scale *= __builtin_convertvector(__builtin_convertvector(q & 15, i32x16), f32x16);
-                offset =
-                    -(load_f16(v.m + s) * __builtin_convertvector(__builtin_convertvector(q >> 4, i32x16), f32x16));
-                break;
-            }
+        case down_codec::scales::d_sc4_dmin_mn4: {
+            const u8x16 q = load<u8x16>(v.sc + g);
+            scale *= __builtin_convertvector(__builtin_convertvector(q & 15, i32x16), f32x16);
+            offset = -(load_f16(v.m + s) * __builtin_convertvector(__builtin_convertvector(q >> 4, i32x16), f32x16));
+            break;
+        }
         default:
             break;
     }
 }
 
-inline f32x16 table_of(const down_codec & c) {
+inline f32x16 table_of(const down_codec& c) {
     f32x16 t = {};
     for (int k = 0; c.table != nullptr && k < 16; ++k) {
         t[k] = c.table[k];
@@ -144,7 +144,7 @@ inline f32x16 table_of(const down_codec & c) {
 
 // y += sum h * row for rows of plain floats
 template <int BITS, bool BF16>
-void accumulate_float(const down_view & v, const int32_t * neurons, const float * h, int64_t n, float * y, int64_t c0,
+void accumulate_float(const down_view& v, const int32_t * neurons, const float * h, int64_t n, float * y, int64_t c0,
                       int64_t c1) {
     const size_t row = v.n_chunks * v.codec->low_bytes();
     for (int64_t c = c0; c < c1; ++c) {
@@ -173,15 +173,15 @@ constexpr int64_t strip = 4;
 
 // y += scale * (sum h * level) + offset * sum h, one group of neurons at a time, so that each scale is read once
 template <int LOW, int HIGH, bool SIGNED, bool TABLE>
-void accumulate_coded(const down_view & v, const int32_t * neurons, const float * h, int64_t n, float * y, int64_t c0,
+void accumulate_coded(const down_view& v, const int32_t * neurons, const float * h, int64_t n, float * y, int64_t c0,
                       int64_t c1) {
-    const down_codec & codec    = *v.codec;
-    constexpr size_t   low      = chunk_size * LOW / 8;
-    constexpr size_t   high     = chunk_size * HIGH / 8;
-    const size_t       low_row  = v.n_chunks * low;
-    const size_t       high_row = v.n_chunks * high;
-    const f32x16       table    = table_of(codec);
-    const int          zero     = codec.zero;
+    const down_codec& codec    = *v.codec;
+    constexpr size_t  low      = chunk_size * LOW / 8;
+    constexpr size_t  high     = chunk_size * HIGH / 8;
+    const size_t      low_row  = v.n_chunks * low;
+    const size_t      high_row = v.n_chunks * high;
+    const f32x16      table    = table_of(codec);
+    const int         zero     = codec.zero;
     for (int64_t begin = 0, end; begin < n; begin = end) {
         const int64_t group_end = (neurons[begin] / codec.group + 1) * codec.group;
         float         h_sum     = 0.0f;
@@ -189,7 +189,7 @@ void accumulate_coded(const down_view & v, const int32_t * neurons, const float 
             h_sum += h[end];
         }
         auto run = [&](int64_t c, auto width) {
-            constexpr int W      = decltype(width)::value;
+            constexpr int W        = decltype(width)::value;
             f32x16        t[2 * W] = {};
             for (int64_t k = begin; k < end; ++k) {
                 const uint8_t * l  = v.low + neurons[k] * low_row + c * low;
@@ -220,12 +220,12 @@ void accumulate_coded(const down_view & v, const int32_t * neurons, const float 
 }
 
 template <int LOW, int HIGH, bool SIGNED, bool TABLE>
-void dequantize_coded(const down_view & v, int64_t neuron0, int64_t n, float * out, int64_t c0, int64_t c1) {
-    const down_codec & codec = *v.codec;
-    constexpr size_t   low   = chunk_size * LOW / 8;
-    constexpr size_t   high  = chunk_size * HIGH / 8;
-    const f32x16       table = table_of(codec);
-    const int64_t      width = (c1 - c0) * chunk_size;
+void dequantize_coded(const down_view& v, int64_t neuron0, int64_t n, float * out, int64_t c0, int64_t c1) {
+    const down_codec& codec = *v.codec;
+    constexpr size_t  low   = chunk_size * LOW / 8;
+    constexpr size_t  high  = chunk_size * HIGH / 8;
+    const f32x16      table = table_of(codec);
+    const int64_t     width = (c1 - c0) * chunk_size;
     for (int64_t c = c0; c < c1; ++c) {
         f32x16 scale[2], offset[2];
         for (int half = 0; half < 2; ++half) {
@@ -244,9 +244,10 @@ void dequantize_coded(const down_view & v, int64_t neuron0, int64_t n, float * o
 }
 
 // Calls f with the template arguments of the codec as integral constants.
-template <typename F> void with_codec(const down_codec & c, F && f) {
+template <typename F>
+void with_codec(const down_codec& c, F&& f) {
     using std::integral_constant;
-    auto go = [&](auto low, auto high, auto is_signed, auto table) { f(low, high, is_signed, table); };
+    auto go   = [&](auto low, auto high, auto is_signed, auto table) { f(low, high, is_signed, table); };
     using yes = std::true_type;
     using no  = std::false_type;
     if (c.low_bits == 8) {
@@ -266,13 +267,13 @@ template <typename F> void with_codec(const down_codec & c, F && f) {
     }
 }
 
-void accumulate(const down_view & v, const int32_t * neurons, const float * h, int64_t n, float * y, int64_t c0,
+void accumulate(const down_view& v, const int32_t * neurons, const float * h, int64_t n, float * y, int64_t c0,
                 int64_t c1) {
-    const down_codec & c = *v.codec;
+    const down_codec& c = *v.codec;
     if (c.is_float()) {
-        c.low_bits == 32 ? accumulate_float<32, false>(v, neurons, h, n, y, c0, c1) :
-        c.is_bf16        ? accumulate_float<16, true>(v, neurons, h, n, y, c0, c1) :
-                           accumulate_float<16, false>(v, neurons, h, n, y, c0, c1);
+        c.low_bits == 32 ? accumulate_float<32, false>(v, neurons, h, n, y, c0, c1)
+        : c.is_bf16      ? accumulate_float<16, true>(v, neurons, h, n, y, c0, c1)
+                         : accumulate_float<16, false>(v, neurons, h, n, y, c0, c1);
         return;
     }
     with_codec(c, [&](auto low, auto high, auto is_signed, auto table) {
@@ -280,17 +281,17 @@ void accumulate(const down_view & v, const int32_t * neurons, const float * h, i
     });
 }
 
-void dequantize(const down_view & v, int64_t neuron0, int64_t n, float * out, int64_t c0, int64_t c1) {
-    const down_codec & c     = *v.codec;
-    const int64_t      width = (c1 - c0) * chunk_size;
+void dequantize(const down_view& v, int64_t neuron0, int64_t n, float * out, int64_t c0, int64_t c1) {
+    const down_codec& c     = *v.codec;
+    const int64_t     width = (c1 - c0) * chunk_size;
     if (c.is_float()) {
         for (int64_t k = 0; k < n; ++k) {
             const uint8_t * row = v.low + ((neuron0 + k) * v.n_chunks + c0) * c.low_bytes();
             for (int64_t e = 0; e < width; e += 16) {
                 const uint16_t * half = (const uint16_t *) row + e;
-                store(out + k * width + e, c.low_bits == 32 ? load<f32x16>((const float *) row + e) :
-                                           c.is_bf16        ? load_bf16(half) :
-                                                              load_f16(half));
+                store(out + k * width + e, c.low_bits == 32 ? load<f32x16>((const float *) row + e)
+                                           : c.is_bf16      ? load_bf16(half)
+                                                            : load_f16(half));
             }
         }
         return;

@@ -8,30 +8,30 @@ namespace {
 
 using scales = down_codec::scales;
 
-constexpr int8_t iq4_levels[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
+constexpr int8_t iq4_levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 //                                    low high zero signed bf16  kind                 group super zero_sc table
-constexpr down_codec codec_f32    = { 32, 0, 0,  false, false, scales::none,            1,   1,   0,  nullptr };
-constexpr down_codec codec_f16    = { 16, 0, 0,  false, false, scales::none,            1,   1,   0,  nullptr };
-constexpr down_codec codec_bf16   = { 16, 0, 0,  false, true,  scales::none,            1,   1,   0,  nullptr };
-constexpr down_codec codec_q8_0   = { 8,  0, 0,  true,  false, scales::d,               32,  32,  0,  nullptr };
-constexpr down_codec codec_q4_0   = { 4,  0, 8,  false, false, scales::d,               32,  32,  0,  nullptr };
-constexpr down_codec codec_q4_1   = { 4,  0, 0,  false, false, scales::d_m,             32,  32,  0,  nullptr };
-constexpr down_codec codec_q5_0   = { 4,  1, 16, false, false, scales::d,               32,  32,  0,  nullptr };
-constexpr down_codec codec_q5_1   = { 4,  1, 0,  false, false, scales::d_m,             32,  32,  0,  nullptr };
-constexpr down_codec codec_q2_k   = { 2,  0, 0,  false, false, scales::d_sc4_dmin_mn4,  16,  256, 0,  nullptr };
-constexpr down_codec codec_q3_k   = { 2,  1, 4,  false, false, scales::d_sc,            16,  256, 32, nullptr };
-constexpr down_codec codec_q4_k   = { 4,  0, 0,  false, false, scales::d_sc_dmin_mn,    32,  256, 0,  nullptr };
-constexpr down_codec codec_q5_k   = { 4,  1, 0,  false, false, scales::d_sc_dmin_mn,    32,  256, 0,  nullptr };
-constexpr down_codec codec_q6_k   = { 4,  2, 32, false, false, scales::d_sc,            16,  256, 0,  nullptr };
-constexpr down_codec codec_iq4_nl = { 4,  0, 0,  false, false, scales::d,               32,  32,  0,  iq4_levels };
-constexpr down_codec codec_iq4_xs = { 4,  0, 0,  false, false, scales::d_sc,            32,  256, 32, iq4_levels };
+constexpr down_codec codec_f32    = {32, 0, 0, false, false, scales::none, 1, 1, 0, nullptr};
+constexpr down_codec codec_f16    = {16, 0, 0, false, false, scales::none, 1, 1, 0, nullptr};
+constexpr down_codec codec_bf16   = {16, 0, 0, false, true, scales::none, 1, 1, 0, nullptr};
+constexpr down_codec codec_q8_0   = {8, 0, 0, true, false, scales::d, 32, 32, 0, nullptr};
+constexpr down_codec codec_q4_0   = {4, 0, 8, false, false, scales::d, 32, 32, 0, nullptr};
+constexpr down_codec codec_q4_1   = {4, 0, 0, false, false, scales::d_m, 32, 32, 0, nullptr};
+constexpr down_codec codec_q5_0   = {4, 1, 16, false, false, scales::d, 32, 32, 0, nullptr};
+constexpr down_codec codec_q5_1   = {4, 1, 0, false, false, scales::d_m, 32, 32, 0, nullptr};
+constexpr down_codec codec_q2_k   = {2, 0, 0, false, false, scales::d_sc4_dmin_mn4, 16, 256, 0, nullptr};
+constexpr down_codec codec_q3_k   = {2, 1, 4, false, false, scales::d_sc, 16, 256, 32, nullptr};
+constexpr down_codec codec_q4_k   = {4, 0, 0, false, false, scales::d_sc_dmin_mn, 32, 256, 0, nullptr};
+constexpr down_codec codec_q5_k   = {4, 1, 0, false, false, scales::d_sc_dmin_mn, 32, 256, 0, nullptr};
+constexpr down_codec codec_q6_k   = {4, 2, 32, false, false, scales::d_sc, 16, 256, 0, nullptr};
+constexpr down_codec codec_iq4_nl = {4, 0, 0, false, false, scales::d, 32, 32, 0, iq4_levels};
+constexpr down_codec codec_iq4_xs = {4, 0, 0, false, false, scales::d_sc, 32, 256, 32, iq4_levels};
 
 // One block of a quantized row, taken apart.
 struct block_parts {
     uint8_t  codes[256];
-    uint16_t d  = 0;
-    uint16_t m  = 0;
+    uint16_t d = 0;
+    uint16_t m = 0;
     uint8_t  sc[16];
     uint8_t  mn[16];
 };
@@ -89,7 +89,7 @@ void unpack_scales_q3(const uint8_t * s, uint8_t * sc) {
 }
 
 // Takes the block at p apart. Layouts: ggml/src/ggml-common.h, the order of elements as in ggml's dequantize_row_*.
-void unpack_block(ggml_type type, const uint8_t * p, block_parts & b) {
+void unpack_block(ggml_type type, const uint8_t * p, block_parts& b) {
     switch (type) {
         case GGML_TYPE_Q8_0: // d, 32 int8
             b.d = read_u16(p);
@@ -107,18 +107,18 @@ void unpack_block(ggml_type type, const uint8_t * p, block_parts & b) {
             break;
         case GGML_TYPE_Q5_0: // d, 32 high bits, nibbles
         case GGML_TYPE_Q5_1: // d, m, 32 high bits, nibbles
-            {
-                const int at = type == GGML_TYPE_Q5_1 ? 4 : 2;
-                b.d          = read_u16(p);
-                b.m          = type == GGML_TYPE_Q5_1 ? read_u16(p + 2) : 0;
-                uint32_t high;
-                memcpy(&high, p + at, 4);
-                unpack_nibbles(p + at + 4, b.codes);
-                for (int k = 0; k < 32; ++k) {
-                    b.codes[k] |= (high >> k & 1) << 4;
-                }
-                break;
+        {
+            const int at = type == GGML_TYPE_Q5_1 ? 4 : 2;
+            b.d          = read_u16(p);
+            b.m          = type == GGML_TYPE_Q5_1 ? read_u16(p + 2) : 0;
+            uint32_t high;
+            memcpy(&high, p + at, 4);
+            unpack_nibbles(p + at + 4, b.codes);
+            for (int k = 0; k < 32; ++k) {
+                b.codes[k] |= (high >> k & 1) << 4;
             }
+            break;
+        }
         case GGML_TYPE_Q2_K: // 16 scales (4-bit scale, 4-bit min), 2-bit codes, d, dmin
             memcpy(b.sc, p, 16);
             unpack_pairs_k(p + 16, b.codes);
@@ -176,7 +176,7 @@ void unpack_block(ggml_type type, const uint8_t * p, block_parts & b) {
 }
 
 // Writes the codes of one neuron for one chunk; codes: chunk_size of them.
-void pack_chunk(const down_codec & c, const uint8_t * codes, uint8_t * low, uint8_t * high) {
+void pack_chunk(const down_codec& c, const uint8_t * codes, uint8_t * low, uint8_t * high) {
     if (c.low_bits == 8) {
         memcpy(low, codes, chunk_size);
         return;
@@ -208,7 +208,7 @@ size_t align(size_t size) {
 }
 
 // Lays the arrays out one after the other; returns the end.
-size_t lay_out(const down_codec & c, int64_t n_ff, int64_t n_embd, down_view & v, const void * data) {
+size_t lay_out(const down_codec& c, int64_t n_ff, int64_t n_embd, down_view& v, const void * data) {
     const int64_t n_chunks = count_chunks(n_embd);
     const int64_t n_pad    = n_chunks * chunk_size;
     const bool    has_m    = c.kind != scales::none && c.kind != scales::d && c.kind != scales::d_sc;
@@ -220,7 +220,7 @@ size_t lay_out(const down_codec & c, int64_t n_ff, int64_t n_embd, down_view & v
         at += align(size);
         return p;
     };
-    v      = { &c, n_ff, n_embd, n_chunks, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr };
+    v      = {&c, n_ff, n_embd, n_chunks, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     v.low  = place(n_ff * n_chunks * c.low_bytes());
     v.high = place(n_ff * n_chunks * c.high_bytes());
     v.d    = (const uint16_t *) place(c.is_float() ? 0 : n_ff / c.super * n_pad * 2);
@@ -230,7 +230,7 @@ size_t lay_out(const down_codec & c, int64_t n_ff, int64_t n_embd, down_view & v
     return at;
 }
 
-void pack_float_chunk(const down_view & v, ggml_type type, const uint8_t * rows, int64_t chunk) {
+void pack_float_chunk(const down_view& v, ggml_type type, const uint8_t * rows, int64_t chunk) {
     const size_t size = ggml_type_size(type);
     for (int64_t i = 0; i < v.n_ff; ++i) {
         uint8_t * to = (uint8_t *) v.low + (i * v.n_chunks + chunk) * v.codec->low_bytes();
@@ -245,15 +245,15 @@ void pack_float_chunk(const down_view & v, ggml_type type, const uint8_t * rows,
     }
 }
 
-void pack_coded_chunk(const down_view & v, ggml_type type, const uint8_t * rows, int64_t chunk,
-                      std::vector<block_parts> & parts) {
-    const down_codec & c         = *v.codec;
-    const int64_t      n_pad     = v.n_chunks * chunk_size;
-    const int64_t      n_blocks  = v.n_ff / c.super;
-    const size_t       row_bytes = ggml_row_size(type, v.n_ff);
-    const size_t       block     = ggml_type_size(type);
-    const int          n_groups  = c.super / c.group;
-    uint8_t            codes[chunk_size];
+void pack_coded_chunk(const down_view& v, ggml_type type, const uint8_t * rows, int64_t chunk,
+                      std::vector<block_parts>& parts) {
+    const down_codec& c         = *v.codec;
+    const int64_t     n_pad     = v.n_chunks * chunk_size;
+    const int64_t     n_blocks  = v.n_ff / c.super;
+    const size_t      row_bytes = ggml_row_size(type, v.n_ff);
+    const size_t      block     = ggml_type_size(type);
+    const int         n_groups  = c.super / c.group;
+    uint8_t           codes[chunk_size];
     for (int64_t b = 0; b < n_blocks; ++b) {
         for (int k = 0; k < chunk_size; ++k) {
             const int64_t e = chunk * chunk_size + k;
@@ -261,7 +261,7 @@ void pack_coded_chunk(const down_view & v, ggml_type type, const uint8_t * rows,
             if (e < v.n_embd) {
                 unpack_block(type, rows + e * row_bytes + b * block, parts[k]);
             }
-            const int64_t at = b * n_pad + e;
+            const int64_t at       = b * n_pad + e;
             ((uint16_t *) v.d)[at] = parts[k].d;
             if (c.kind != scales::d && c.kind != scales::d_sc) {
                 ((uint16_t *) v.m)[at] = parts[k].m;
@@ -287,39 +287,55 @@ void pack_coded_chunk(const down_view & v, ggml_type type, const uint8_t * rows,
 
 const down_codec * find_down_codec(ggml_type type) {
     switch (type) {
-        case GGML_TYPE_F32:    return &codec_f32;
-        case GGML_TYPE_F16:    return &codec_f16;
-        case GGML_TYPE_BF16:   return &codec_bf16;
-        case GGML_TYPE_Q8_0:   return &codec_q8_0;
-        case GGML_TYPE_Q4_0:   return &codec_q4_0;
-        case GGML_TYPE_Q4_1:   return &codec_q4_1;
-        case GGML_TYPE_Q5_0:   return &codec_q5_0;
-        case GGML_TYPE_Q5_1:   return &codec_q5_1;
-        case GGML_TYPE_Q2_K:   return &codec_q2_k;
-        case GGML_TYPE_Q3_K:   return &codec_q3_k;
-        case GGML_TYPE_Q4_K:   return &codec_q4_k;
-        case GGML_TYPE_Q5_K:   return &codec_q5_k;
-        case GGML_TYPE_Q6_K:   return &codec_q6_k;
-        case GGML_TYPE_IQ4_NL: return &codec_iq4_nl;
-        case GGML_TYPE_IQ4_XS: return &codec_iq4_xs;
-        default:               return nullptr;
+        case GGML_TYPE_F32:
+            return &codec_f32;
+        case GGML_TYPE_F16:
+            return &codec_f16;
+        case GGML_TYPE_BF16:
+            return &codec_bf16;
+        case GGML_TYPE_Q8_0:
+            return &codec_q8_0;
+        case GGML_TYPE_Q4_0:
+            return &codec_q4_0;
+        case GGML_TYPE_Q4_1:
+            return &codec_q4_1;
+        case GGML_TYPE_Q5_0:
+            return &codec_q5_0;
+        case GGML_TYPE_Q5_1:
+            return &codec_q5_1;
+        case GGML_TYPE_Q2_K:
+            return &codec_q2_k;
+        case GGML_TYPE_Q3_K:
+            return &codec_q3_k;
+        case GGML_TYPE_Q4_K:
+            return &codec_q4_k;
+        case GGML_TYPE_Q5_K:
+            return &codec_q5_k;
+        case GGML_TYPE_Q6_K:
+            return &codec_q6_k;
+        case GGML_TYPE_IQ4_NL:
+            return &codec_iq4_nl;
+        case GGML_TYPE_IQ4_XS:
+            return &codec_iq4_xs;
+        default:
+            return nullptr;
     }
 }
 
-size_t down_size(const down_codec & codec, int64_t n_ff, int64_t n_embd) {
+size_t down_size(const down_codec& codec, int64_t n_ff, int64_t n_embd) {
     down_view view;
     return lay_out(codec, n_ff, n_embd, view, nullptr);
 }
 
-down_view view_down(const down_codec & codec, int64_t n_ff, int64_t n_embd, const void * data) {
+down_view view_down(const down_codec& codec, int64_t n_ff, int64_t n_embd, const void * data) {
     down_view view;
     lay_out(codec, n_ff, n_embd, view, data);
     return view;
 }
 
 void pack_down(ggml_type type, int64_t n_ff, int64_t n_embd, const void * rows, void * data) {
-    const down_codec & codec = *find_down_codec(type);
-    const down_view    view  = view_down(codec, n_ff, n_embd, data);
+    const down_codec& codec = *find_down_codec(type);
+    const down_view   view  = view_down(codec, n_ff, n_embd, data);
 #pragma omp parallel
     {
         std::vector<block_parts> parts(chunk_size);

@@ -11,7 +11,8 @@
 namespace prosparse {
 namespace {
 
-// Up to this many tokens are decoded together: rows are read once for all of them. More go through ggml's matrix product.
+// Up to this many tokens are decoded together: rows are read once for all of them. More go through ggml's matrix
+// product.
 constexpr int max_decode_tokens = 16;
 
 const ffn_weight * weight_of(const ggml_tensor * tensor) {
@@ -34,8 +35,9 @@ bool is_split_glu(const ggml_tensor * node) {
     return op == GGML_GLU_OP_SWIGLU || op == GGML_GLU_OP_REGLU;
 }
 
-// The gate or up product at the root of one input of a GLU, through scales and LoRA's additions; nullptr if there is none.
-const ggml_tensor * find_product(const ggml_tensor * tensor, weight_role role, float & scale) {
+// The gate or up product at the root of one input of a GLU, through scales and LoRA's additions; nullptr if there is
+// none.
+const ggml_tensor * find_product(const ggml_tensor * tensor, weight_role role, float& scale) {
     scale = 1.0f;
     for (int depth = 0; tensor != nullptr && depth < 8; ++depth) {
         if (is_product_with(tensor, role)) {
@@ -75,7 +77,7 @@ bool is_direct(const ggml_tensor * tensor, const ggml_tensor * product) {
     return tensor == product || (tensor->op == GGML_OP_MUL && tensor->src[0] == product);
 }
 
-bool match_ffn(ggml_tensor * down, ffn_nodes & ffn) {
+bool match_ffn(ggml_tensor * down, ffn_nodes& ffn) {
     ffn.down        = down;
     ffn.down_weight = weight_of(down->src[0]);
     ffn.glu         = down->src[1];
@@ -101,9 +103,9 @@ bool match_ffn(ggml_tensor * down, ffn_nodes & ffn) {
 // ---- ggml-cpu
 
 // Lets ggml-cpu compute some nodes, in order.
-ggml_status compute_with_ggml(ffn_context & context, ggml_tensor * const * nodes, int n_nodes) {
+ggml_status compute_with_ggml(ffn_context& context, ggml_tensor * const * nodes, int n_nodes) {
     context.graph_memory.resize(ggml_graph_overhead_custom(n_nodes, false) + ggml_tensor_overhead());
-    ggml_init_params params = { context.graph_memory.size(), context.graph_memory.data(), /* .no_alloc = */ true };
+    ggml_init_params params = {context.graph_memory.size(), context.graph_memory.data(), /* .no_alloc = */ true};
     ggml_context *   meta   = ggml_init(params);
     ggml_cgraph *    graph  = ggml_new_graph_custom(meta, n_nodes, false);
     for (int i = 0; i < n_nodes; ++i) {
@@ -123,13 +125,13 @@ ggml_status compute_with_ggml(ffn_context & context, ggml_tensor * const * nodes
 
 // Dot products of one weight matrix with rows of x, the way ggml-cpu does them.
 struct row_products {
-    const char *    rows;
-    size_t          row_bytes;
-    int64_t         n;
-    ggml_vec_dot_t  dot;
+    const char *      rows;
+    size_t            row_bytes;
+    int64_t           n;
+    ggml_vec_dot_t    dot;
     ggml_from_float_t quantize; // nullptr: x is used as it is
-    size_t          x_bytes;    // of one quantized row of x, rounded up to cache lines
-    const uint8_t * x;          // where quantized rows start
+    size_t            x_bytes;  // of one quantized row of x, rounded up to cache lines
+    const uint8_t *   x;        // where quantized rows start
 
     explicit row_products(const ggml_tensor * product) {
         const ggml_tensor * w      = product->src[0];
@@ -166,8 +168,9 @@ struct row_products {
     }
 };
 
-// y = W_down h for lists of active neurons, one list a token. Called by all threads; each takes some chunks of the embedding.
-void accumulate_chunks(const down_view & view, const int32_t * neurons, const float * activations, size_t stride,
+// y = W_down h for lists of active neurons, one list a token. Called by all threads; each takes some chunks of the
+// embedding.
+void accumulate_chunks(const down_view& view, const int32_t * neurons, const float * activations, size_t stride,
                        const int64_t * counts, float * out, float * sums, int64_t n_tokens) {
     const int64_t thread = omp_get_thread_num(), n_threads = omp_get_num_threads();
     const int64_t c0 = view.n_chunks * thread / n_threads, c1 = view.n_chunks * (thread + 1) / n_threads;
@@ -187,7 +190,8 @@ void accumulate_chunks(const down_view & view, const int32_t * neurons, const fl
     }
 }
 
-template <typename T> T * reserve(std::vector<T> & scratch, size_t n) {
+template <typename T>
+T * reserve(std::vector<T>& scratch, size_t n) {
     if (scratch.size() < n) {
         scratch.resize(n);
     }
@@ -195,15 +199,15 @@ template <typename T> T * reserve(std::vector<T> & scratch, size_t n) {
 }
 
 // The sparse FFN for a few tokens: exact gate for every neuron, up and down for active ones only.
-ggml_status decode_ffn(ffn_context & context, const ffn_nodes & ffn) {
-    const ggml_tensor * x         = ffn.gate->src[1];
-    const int64_t       n_tokens  = x->ne[1];
-    const int64_t       n_ff      = ffn.down_weight->n_ff;
-    const int           n_threads = context.n_threads;
-    sparse_model &      model     = *ffn.down_weight->model;
-    const float         threshold = model.threshold;
-    const bool          all       = !model.sparse.load(std::memory_order_relaxed);
-    const down_view &   view      = ffn.down_weight->view;
+ggml_status decode_ffn(ffn_context& context, const ffn_nodes& ffn) {
+    const ggml_tensor * x          = ffn.gate->src[1];
+    const int64_t       n_tokens   = x->ne[1];
+    const int64_t       n_ff       = ffn.down_weight->n_ff;
+    const int           n_threads  = context.n_threads;
+    sparse_model&       model      = *ffn.down_weight->model;
+    const float         threshold  = model.threshold;
+    const bool          all        = !model.sparse.load(std::memory_order_relaxed);
+    const down_view&    view       = ffn.down_weight->view;
     const bool          transposed = ffn.down_weight->codec != nullptr;
 
     row_products gate(ffn.gate), up(ffn.up);
@@ -220,7 +224,7 @@ ggml_status decode_ffn(ffn_context & context, const ffn_nodes & ffn) {
     int64_t *  thread_counts = reserve(context.counts, n_threads + n_tokens);
     int64_t *  token_counts  = thread_counts + n_threads;
     float *    sums          = reserve(context.sums, n_tokens * (transposed ? view.n_chunks * chunk_size : 0));
-    float *    dense         = (float *) ffn.glu->data; // [n_tokens][n_ff], only for a down matrix that is not transposed
+    float *    dense = (float *) ffn.glu->data; // [n_tokens][n_ff], only for a down matrix that is not transposed
 
 #pragma omp parallel num_threads(n_threads)
     {
@@ -241,9 +245,9 @@ ggml_status decode_ffn(ffn_context & context, const ffn_nodes & ffn) {
         for (int64_t row = row0; row < row1; ++row) {
             uint32_t mask = 0;
             for (int64_t t = 0; t < n_tokens; ++t) {
-                const float g              = gate(row, t);
-                const bool  active         = !(g <= 0.0f) && !(g < threshold);
-                values[t * n_ff + row]     = active ? g : 0.0f;
+                const float g          = gate(row, t);
+                const bool  active     = !(g <= 0.0f) && !(g < threshold);
+                values[t * n_ff + row] = active ? g : 0.0f;
                 mask |= (uint32_t) active << t;
             }
             masks[row]               = mask;
@@ -274,7 +278,7 @@ ggml_status decode_ffn(ffn_context & context, const ffn_nodes & ffn) {
                 up.prefetch(next);
             }
             for (int64_t t = 0; t < n_tokens; ++t) {
-                float & value = values[t * n_ff + row];
+                float& value = values[t * n_ff + row];
                 if (all || masks[row] >> t & 1) {
                     value *= ffn.factor * up(row, t);
                 }
@@ -315,7 +319,7 @@ ggml_status decode_ffn(ffn_context & context, const ffn_nodes & ffn) {
     for (int64_t row = 0; row < n_ff; ++row) {
         n_active += (uint64_t) __builtin_popcount(masks[row]);
     }
-    layer_counters & counters = model.counters[ffn.down_weight->layer];
+    layer_counters& counters = model.counters[ffn.down_weight->layer];
     counters.n_tokens.fetch_add((uint64_t) n_tokens, std::memory_order_relaxed);
     counters.n_active.fetch_add(n_active, std::memory_order_relaxed);
     return transposed ? GGML_STATUS_SUCCESS : compute_with_ggml(context, &ffn.down, 1);
@@ -324,7 +328,7 @@ ggml_status decode_ffn(ffn_context & context, const ffn_nodes & ffn) {
 // ---- node by node
 
 // relu(gate) * up with the threshold, for gate = K g and up = u / K. Elementwise, so the result may lie over an input.
-ggml_status compute_glu(ffn_context & context, ggml_tensor * glu) {
+ggml_status compute_glu(ffn_context& context, ggml_tensor * glu) {
     float               scale;
     const ggml_tensor * product = find_product(glu->src[0], weight_role::gate, scale);
     const ffn_weight *  weight  = product != nullptr ? weight_of(product->src[0]) : nullptr;
@@ -346,14 +350,14 @@ ggml_status compute_glu(ffn_context & context, ggml_tensor * glu) {
             n_active += active;
         }
     }
-    layer_counters & counters = weight->model->counters[weight->layer];
+    layer_counters& counters = weight->model->counters[weight->layer];
     counters.n_tokens.fetch_add((uint64_t) glu->ne[1], std::memory_order_relaxed);
     counters.n_active.fetch_add(n_active, std::memory_order_relaxed);
     return GGML_STATUS_SUCCESS;
 }
 
 // Many tokens: a tile of neurons is dequantized once and multiplied with the non-zero activations of every token.
-void multiply_tiles(ffn_context & context, const down_view & view, const float * h, size_t h_stride, float * out,
+void multiply_tiles(ffn_context& context, const down_view& view, const float * h, size_t h_stride, float * out,
                     int64_t n_tokens) {
     constexpr int64_t block     = 16; // chunks: a tile of 32 neurons takes 64 KiB
     const int64_t     n_pad     = view.n_chunks * chunk_size;
@@ -365,10 +369,10 @@ void multiply_tiles(ffn_context & context, const down_view & view, const float *
     const size_t      y_stride  = padded ? n_pad : view.n_embd;
 #pragma omp parallel num_threads(context.n_threads)
     {
-        const cpu_kernels & kernels = select_kernels();
-        const int64_t       thread = omp_get_thread_num(), n = omp_get_num_threads();
-        const int64_t       first = view.n_chunks * thread / n, last = view.n_chunks * (thread + 1) / n;
-        float *             tile = tiles + thread * block * chunk_size * 32;
+        const cpu_kernels& kernels = select_kernels();
+        const int64_t      thread = omp_get_thread_num(), n = omp_get_num_threads();
+        const int64_t      first = view.n_chunks * thread / n, last = view.n_chunks * (thread + 1) / n;
+        float *            tile = tiles + thread * block * chunk_size * 32;
         for (int64_t c0 = first; c0 < last; c0 += block) {
             const int64_t c1    = std::min(c0 + block, last);
             const int64_t width = (c1 - c0) * chunk_size;
@@ -390,11 +394,11 @@ void multiply_tiles(ffn_context & context, const down_view & view, const float *
 }
 
 // A product with a transposed down matrix; h may hold anything, zeros are skipped.
-ggml_status compute_down(ffn_context & context, ggml_tensor * node, const ffn_weight & weight) {
+ggml_status compute_down(ffn_context& context, ggml_tensor * node, const ffn_weight& weight) {
     const ggml_tensor * h        = node->src[1];
     const int64_t       n_tokens = ggml_nrows(h), n_ff = weight.n_ff;
-    const float *       from     = (const float *) h->data;
-    const size_t        stride   = h->nb[1] / sizeof(float);
+    const float *       from   = (const float *) h->data;
+    const size_t        stride = h->nb[1] / sizeof(float);
     if (h->type != GGML_TYPE_F32 || h->nb[0] != sizeof(float) || (h->ne[2] * h->ne[3] > 1 && !ggml_is_contiguous(h)) ||
         !ggml_is_contiguous(node)) {
         fprintf(stderr, "prosparse: %s has an input that this backend does not read\n", node->name);
@@ -425,7 +429,7 @@ ggml_status compute_down(ffn_context & context, ggml_tensor * node, const ffn_we
     return GGML_STATUS_SUCCESS;
 }
 
-ggml_status compute_node(ffn_context & context, ggml_tensor * node) {
+ggml_status compute_node(ffn_context& context, ggml_tensor * node) {
     const ffn_weight * weight = node->op == GGML_OP_MUL_MAT ? weight_of(node->src[0]) : nullptr;
     if (weight != nullptr && weight->codec != nullptr) {
         return compute_down(context, node, *weight);
@@ -441,8 +445,8 @@ bool is_computed(const ggml_tensor * node) {
 }
 
 // The nodes before `down` in this split are exactly the FFN's own, and nobody else reads them.
-bool owns_nodes(const ffn_nodes & ffn, const std::vector<ggml_tensor *> & pending) {
-    const ggml_tensor * own[] = { ffn.gate, ffn.glu->src[0], ffn.up, ffn.glu->src[1], ffn.glu };
+bool owns_nodes(const ffn_nodes& ffn, const std::vector<ggml_tensor *>& pending) {
+    const ggml_tensor * own[] = {ffn.gate, ffn.glu->src[0], ffn.up, ffn.glu->src[1], ffn.glu};
     for (const ggml_tensor * node : own) {
         if (std::find(pending.begin(), pending.end(), node) == pending.end() ||
             (node->flags & GGML_TENSOR_FLAG_OUTPUT) != 0) {
@@ -461,11 +465,10 @@ bool supports_op(const ggml_tensor * op) {
             return op->buffer != nullptr && is_prosparse_buffer_type(op->buffer->buft);
         case GGML_OP_MUL_MAT: // FFN weights, and LoRA's, which lie beside them
             return op->src[0]->buffer != nullptr && is_prosparse_buffer_type(op->src[0]->buffer->buft);
-        case GGML_OP_MUL:
-            {
-                const ffn_weight * weight = weight_of(op->src[1]);
-                return weight != nullptr && weight->role == weight_role::scale;
-            }
+        case GGML_OP_MUL: {
+            const ffn_weight * weight = weight_of(op->src[1]);
+            return weight != nullptr && weight->role == weight_role::scale;
+        }
         case GGML_OP_GLU:
             return is_split_glu(op) && find_product(op->src[0], weight_role::gate, scale) != nullptr;
         default:
@@ -473,8 +476,8 @@ bool supports_op(const ggml_tensor * op) {
     }
 }
 
-ggml_status compute_graph(ffn_context & context, ggml_cgraph * graph) {
-    std::vector<ggml_tensor *> & pending = context.pending;
+ggml_status compute_graph(ffn_context& context, ggml_cgraph * graph) {
+    std::vector<ggml_tensor *>& pending = context.pending;
     pending.clear();
     auto flush = [&](const ffn_nodes * done) {
         for (ggml_tensor * node : pending) {
@@ -500,8 +503,8 @@ ggml_status compute_graph(ffn_context & context, ggml_cgraph * graph) {
             pending.push_back(node);
             continue;
         }
-        ffn_nodes  ffn;
-        const bool fused = match_ffn(node, ffn) && node->ne[1] <= max_decode_tokens && owns_nodes(ffn, pending);
+        ffn_nodes   ffn;
+        const bool  fused  = match_ffn(node, ffn) && node->ne[1] <= max_decode_tokens && owns_nodes(ffn, pending);
         ggml_status status = flush(fused ? &ffn : nullptr);
         if (status == GGML_STATUS_SUCCESS) {
             status = fused ? decode_ffn(context, ffn) : compute_node(context, node);

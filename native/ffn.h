@@ -13,23 +13,23 @@ struct ffn_context {
     int                        n_threads = 4;
     std::vector<ggml_tensor *> pending; // nodes seen and not computed yet: perhaps the front part of an FFN
 
-    std::vector<uint8_t> graph_memory; // of the small graphs given to ggml-cpu
-    std::vector<uint8_t> graph_work;   // ggml-cpu's own scratch
-    std::vector<uint8_t> quantized;    // x as the dot products want it
-    std::vector<float>   values;       // [n_tokens][n_ff] gate, then gate * up
-    std::vector<uint32_t> masks;       // [n_ff] tokens that activate the neuron
-    std::vector<int32_t> candidates;   // [n_ff] active neurons, in the part of the thread that found them
-    std::vector<int32_t> neurons;      // [n_tokens][n_ff] active neurons
-    std::vector<float>   activations;  // [n_tokens][n_ff] their values
-    std::vector<int64_t> counts;       // per thread or token
-    std::vector<float>   sums;         // padded results
-    std::vector<float>   tiles;        // [n_threads] dequantized tiles
+    std::vector<uint8_t>  graph_memory; // of the small graphs given to ggml-cpu
+    std::vector<uint8_t>  graph_work;   // ggml-cpu's own scratch
+    std::vector<uint8_t>  quantized;    // x as the dot products want it
+    std::vector<float>    values;       // [n_tokens][n_ff] gate, then gate * up
+    std::vector<uint32_t> masks;        // [n_ff] tokens that activate the neuron
+    std::vector<int32_t>  candidates;   // [n_ff] active neurons, in the part of the thread that found them
+    std::vector<int32_t>  neurons;      // [n_tokens][n_ff] active neurons
+    std::vector<float>    activations;  // [n_tokens][n_ff] their values
+    std::vector<int64_t>  counts;       // per thread or token
+    std::vector<float>    sums;         // padded results
+    std::vector<float>    tiles;        // [n_threads] dequantized tiles
 };
 
 // Whether our backend computes `op`: everything that reads a weight in our buffers, and the GLU between.
 bool supports_op(const ggml_tensor * op);
 
-ggml_status compute_graph(ffn_context & context, ggml_cgraph * graph);
+ggml_status compute_graph(ffn_context& context, ggml_cgraph * graph);
 
 // Our buffer types, of any model.
 bool is_prosparse_buffer_type(ggml_backend_buffer_type_t buft);

@@ -13,7 +13,7 @@
 #include <new>
 
 #ifdef __linux__
-#    include <sys/mman.h>
+#include <sys/mman.h>
 #endif
 
 using namespace prosparse;
@@ -33,17 +33,17 @@ struct weights_buffer {
     ~weights_buffer() { free(data); }
 };
 
-sparse_model & model_of(ggml_backend_buffer_type_t buft) {
+sparse_model& model_of(ggml_backend_buffer_type_t buft) {
     return *(sparse_model *) buft->context;
 }
 
 // The file's tensor that `tensor` is, or nullptr (LoRA weights come to this buffer type as well).
-const file_tensor * find_tensor(const sparse_model & model, const ggml_tensor * tensor) {
+const file_tensor * find_tensor(const sparse_model& model, const ggml_tensor * tensor) {
     const auto it = model.tensors.find(tensor->name);
     return it != model.tensors.end() && it->second.type == tensor->type && it->second.ne[0] == tensor->ne[0] &&
-                   it->second.ne[1] == tensor->ne[1] ?
-               &it->second :
-               nullptr;
+                   it->second.ne[1] == tensor->ne[1]
+               ? &it->second
+               : nullptr;
 }
 
 const down_codec * codec_of(const file_tensor * tensor) {
@@ -59,7 +59,7 @@ void * buffer_get_base(ggml_backend_buffer_t buffer) {
 }
 
 ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
-    auto &              weights = *(weights_buffer *) buffer->context;
+    auto&               weights = *(weights_buffer *) buffer->context;
     const file_tensor * file    = find_tensor(*weights.model, tensor);
     if (file == nullptr) {
         return GGML_STATUS_SUCCESS;
@@ -81,7 +81,8 @@ ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tenso
     return GGML_STATUS_SUCCESS;
 }
 
-void buffer_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+void buffer_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const void * data, size_t offset,
+                       size_t size) {
     auto * weight = (ffn_weight *) tensor->extra;
     if (weight == nullptr || weight->codec == nullptr) {
         memcpy((char *) tensor->data + offset, data, size);
@@ -103,7 +104,8 @@ void buffer_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const
     weight->staging.shrink_to_fit();
 }
 
-void buffer_get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+void buffer_get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor, void * data, size_t offset,
+                       size_t size) {
     const auto * weight = (const ffn_weight *) tensor->extra;
     if (weight == nullptr || weight->codec == nullptr) {
         memcpy(data, (const char *) tensor->data + offset, size);
@@ -114,12 +116,13 @@ void buffer_get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor,
     }
 }
 
-void buffer_memset_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor, uint8_t value, size_t offset, size_t size) {
+void buffer_memset_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor, uint8_t value, size_t offset,
+                          size_t size) {
     memset((char *) tensor->data + offset, value, size);
 }
 
 void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
-    const auto & weights = *(weights_buffer *) buffer->context;
+    const auto& weights = *(weights_buffer *) buffer->context;
     memset(weights.data, value, weights.size);
 }
 
@@ -199,7 +202,7 @@ void backend_free(ggml_backend_t backend) {
 ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
     try {
         return compute_graph(*(ffn_context *) backend->context, graph);
-    } catch (const std::bad_alloc &) {
+    } catch (const std::bad_alloc&) {
         fprintf(stderr, "prosparse: out of memory while computing\n");
         return GGML_STATUS_ALLOC_FAILED;
     }
@@ -229,8 +232,8 @@ constexpr ggml_backend_i backend_interface = {
 };
 
 ggml_guid_t backend_guid() {
-    static ggml_guid guid = { 0x70, 0x72, 0x6f, 0x73, 0x70, 0x61, 0x72, 0x73,
-                              0x65, 0x2d, 0x66, 0x66, 0x6e, 0x2d, 0x30, 0x31 };
+    static ggml_guid guid = {0x70, 0x72, 0x6f, 0x73, 0x70, 0x61, 0x72, 0x73,
+                             0x65, 0x2d, 0x66, 0x66, 0x6e, 0x2d, 0x30, 0x31};
     return &guid;
 }
 
@@ -321,7 +324,7 @@ void * reg_get_proc_address(ggml_backend_reg_t reg, const char * name) {
 ggml_backend_reg_t prosparse_reg() {
     static ggml_backend_reg reg = {
         /* .api_version = */ GGML_BACKEND_API_VERSION,
-        /* .iface       = */ { reg_get_name, reg_get_device_count, reg_get_device, reg_get_proc_address },
+        /* .iface       = */ {reg_get_name, reg_get_device_count, reg_get_device, reg_get_proc_address},
         /* .context     = */ nullptr,
     };
     return &reg;
@@ -370,14 +373,12 @@ const char * prosparse_abi_error(void) {
             return built + ", and ggml " + ggml_version() + " is loaded";
         }
         // the same version with other numbers: a build with patches
-        const bool same_numbers = strcmp(ggml_op_name(GGML_OP_MUL_MAT), "MUL_MAT") == 0 &&
-                                  strcmp(ggml_op_name(GGML_OP_MUL), "MUL") == 0 &&
-                                  strcmp(ggml_op_name(GGML_OP_GLU), "GLU") == 0 &&
-                                  strcmp(ggml_type_name(GGML_TYPE_Q4_0), "q4_0") == 0 &&
-                                  strcmp(ggml_type_name(GGML_TYPE_Q6_K), "q6_K") == 0 &&
-                                  strcmp(ggml_type_name(GGML_TYPE_BF16), "bf16") == 0 &&
-                                  ggml_tensor_overhead() >= sizeof(ggml_tensor) &&
-                                  ggml_tensor_overhead() <= sizeof(ggml_tensor) + 64;
+        const bool same_numbers =
+            strcmp(ggml_op_name(GGML_OP_MUL_MAT), "MUL_MAT") == 0 && strcmp(ggml_op_name(GGML_OP_MUL), "MUL") == 0 &&
+            strcmp(ggml_op_name(GGML_OP_GLU), "GLU") == 0 && strcmp(ggml_type_name(GGML_TYPE_Q4_0), "q4_0") == 0 &&
+            strcmp(ggml_type_name(GGML_TYPE_Q6_K), "q6_K") == 0 &&
+            strcmp(ggml_type_name(GGML_TYPE_BF16), "bf16") == 0 && ggml_tensor_overhead() >= sizeof(ggml_tensor) &&
+            ggml_tensor_overhead() <= sizeof(ggml_tensor) + 64;
         return same_numbers ? "" : built + ", and the loaded ggml of the same version differs from it";
     }();
     return error.empty() ? nullptr : error.c_str();
@@ -394,8 +395,8 @@ struct prosparse_model * prosparse_model_open(const char * path, char * error, s
         snprintf(error, error_size, "%s", text.c_str());
         return nullptr;
     }
-    model->buft = { buft_interface, prosparse_device(), model.get() };
-    return new prosparse_model{ model };
+    model->buft = {buft_interface, prosparse_device(), model.get()};
+    return new prosparse_model{model};
 }
 
 void prosparse_model_free(struct prosparse_model * model) {
@@ -416,8 +417,8 @@ int prosparse_model_n_layer(const struct prosparse_model * model) {
 
 void prosparse_model_stats(struct prosparse_model * model, struct prosparse_layer_stats * stats, bool reset) {
     for (int il = 0; il < model->model->n_layer; ++il) {
-        layer_counters & counters = model->model->counters[il];
-        stats[il] = { counters.n_tokens.load(), counters.n_active.load(), (uint64_t) model->model->n_ff[il] };
+        layer_counters& counters = model->model->counters[il];
+        stats[il] = {counters.n_tokens.load(), counters.n_active.load(), (uint64_t) model->model->n_ff[il]};
         if (reset) {
             counters.n_tokens.store(0);
             counters.n_active.store(0);

@@ -30,57 +30,57 @@ struct open_error {
     std::string text;
 };
 
-gguf_file read_header(const std::string & path) {
+gguf_file read_header(const std::string& path) {
     std::error_code code;
     const auto      file_size = std::filesystem::file_size(path, code);
     if (code) {
-        throw open_error{ path + " cannot be opened: " + code.message() };
+        throw open_error{path + " cannot be opened: " + code.message()};
     }
     ggml_context *   meta   = nullptr;
-    gguf_init_params params = { /* .no_alloc = */ true, /* .ctx = */ &meta };
+    gguf_init_params params = {/* .no_alloc = */ true, /* .ctx = */ &meta};
     gguf_file        file;
     file.gguf.reset(gguf_init_from_file(path.c_str(), params));
     file.meta.reset(meta);
     if (!file.gguf) {
-        throw open_error{ path + " is not a GGUF file, or its header is damaged" };
+        throw open_error{path + " is not a GGUF file, or its header is damaged"};
     }
     const size_t  data = gguf_get_data_offset(file.gguf.get());
     const int64_t n    = gguf_get_n_tensors(file.gguf.get());
     for (int64_t i = 0; i < n; ++i) {
         if (data + gguf_get_tensor_offset(file.gguf.get(), i) + gguf_get_tensor_size(file.gguf.get(), i) > file_size) {
-            throw open_error{ path + " is truncated: the data of " + gguf_get_tensor_name(file.gguf.get(), i) +
-                              " lies beyond its end" };
+            throw open_error{path + " is truncated: the data of " + gguf_get_tensor_name(file.gguf.get(), i) +
+                             " lies beyond its end"};
         }
     }
     return file;
 }
 
 // Key `name` if the file has it with the type wanted, else -1.
-int64_t find_key(const gguf_context * gguf, const std::string & name, gguf_type type) {
+int64_t find_key(const gguf_context * gguf, const std::string& name, gguf_type type) {
     const int64_t key = gguf_find_key(gguf, name.c_str());
     return key >= 0 && gguf_get_kv_type(gguf, key) == type ? key : -1;
 }
 
-int64_t require_key(const gguf_context * gguf, const std::string & path, const char * name, gguf_type type) {
+int64_t require_key(const gguf_context * gguf, const std::string& path, const char * name, gguf_type type) {
     const int64_t key = find_key(gguf, name, type);
     if (key < 0) {
-        throw open_error{ path + ": the key " + name + " is missing or not of type " + gguf_type_name(type) };
+        throw open_error{path + ": the key " + name + " is missing or not of type " + gguf_type_name(type)};
     }
     return key;
 }
 
 // Names of all shards of a split file, of which `path` is the first.
-std::vector<std::string> shard_paths(const gguf_context * gguf, const std::string & path) {
+std::vector<std::string> shard_paths(const gguf_context * gguf, const std::string& path) {
     const int64_t key   = find_key(gguf, "split.count", GGUF_TYPE_UINT16);
     const int     count = key >= 0 ? gguf_get_val_u16(gguf, key) : 1;
     if (count <= 1) {
-        return { path };
+        return {path};
     }
     char suffix[40];
     snprintf(suffix, sizeof(suffix), "-%05d-of-%05d.gguf", 1, count);
     const size_t stem = path.size() > strlen(suffix) ? path.size() - strlen(suffix) : 0;
     if (path.compare(stem, std::string::npos, suffix) != 0) {
-        throw open_error{ path + " is one of " + std::to_string(count) + " shards: give the first, NAME" + suffix };
+        throw open_error{path + " is one of " + std::to_string(count) + " shards: give the first, NAME" + suffix};
     }
     std::vector<std::string> paths;
     for (int i = 1; i <= count; ++i) {
@@ -91,7 +91,7 @@ std::vector<std::string> shard_paths(const gguf_context * gguf, const std::strin
 }
 
 // "blk.7.ffn_up.weight" -> layer and role; false for any other name
-bool parse_name(const char * name, int & layer, weight_role & role) {
+bool parse_name(const char * name, int& layer, weight_role& role) {
     char part[8], kind[8];
     int  length = 0;
     if (sscanf(name, "blk.%d.ffn_%7[a-z].%7[a-z]%n", &layer, part, kind, &length) != 3 || name[length] != '\0') {
@@ -113,21 +113,21 @@ bool parse_name(const char * name, int & layer, weight_role & role) {
     return true;
 }
 
-void read_keys(const gguf_context * gguf, const std::string & path, sparse_model & model) {
+void read_keys(const gguf_context * gguf, const std::string& path, sparse_model& model) {
     const int64_t  key     = require_key(gguf, path, "prosparse.version", GGUF_TYPE_UINT32);
     const uint32_t version = gguf_get_val_u32(gguf, key);
     if (version != 1) {
-        throw open_error{ path + " has the format prosparse.version " + std::to_string(version) +
-                          ", this build reads version 1: update prosparse-pipe" };
+        throw open_error{path + " has the format prosparse.version " + std::to_string(version) +
+                         ", this build reads version 1: update prosparse-pipe"};
     }
     const std::string activation =
         gguf_get_val_str(gguf, require_key(gguf, path, "prosparse.activation", GGUF_TYPE_STRING));
     if (activation != "relu" && activation != "fatrelu") {
-        throw open_error{ path + ": prosparse.activation is '" + activation + "', known are relu and fatrelu" };
+        throw open_error{path + ": prosparse.activation is '" + activation + "', known are relu and fatrelu"};
     }
     model.threshold = gguf_get_val_f32(gguf, require_key(gguf, path, "prosparse.threshold", GGUF_TYPE_FLOAT32));
     if (!std::isfinite(model.threshold) || model.threshold < 0.0f) {
-        throw open_error{ path + ": prosparse.threshold must be 0 or a positive number" };
+        throw open_error{path + ": prosparse.threshold must be 0 or a positive number"};
     }
     const char * architecture =
         gguf_get_val_str(gguf, require_key(gguf, path, "general.architecture", GGUF_TYPE_STRING));
@@ -135,7 +135,7 @@ void read_keys(const gguf_context * gguf, const std::string & path, sparse_model
     model.n_layer = (int) gguf_get_val_u32(gguf, require_key(gguf, path, block_count.c_str(), GGUF_TYPE_UINT32));
 }
 
-void read_tensors(const gguf_file & file, size_t shard, sparse_model & model) {
+void read_tensors(const gguf_file& file, size_t shard, sparse_model& model) {
     const int64_t n = gguf_get_n_tensors(file.gguf.get());
     for (int64_t i = 0; i < n; ++i) {
         const char * name = gguf_get_tensor_name(file.gguf.get(), i);
@@ -154,28 +154,28 @@ void read_tensors(const gguf_file & file, size_t shard, sparse_model & model) {
     }
 }
 
-void check_layers(const std::string & path, sparse_model & model) {
-    auto require = [&](int il, const char * what) -> const file_tensor & {
+void check_layers(const std::string& path, sparse_model& model) {
+    auto require = [&](int il, const char * what) -> const file_tensor& {
         const std::string name = "blk." + std::to_string(il) + ".ffn_" + what;
         const auto        it   = model.tensors.find(name);
         if (it == model.tensors.end()) {
-            throw open_error{ path + " lacks the tensor " + name + ": export it again" };
+            throw open_error{path + " lacks the tensor " + name + ": export it again"};
         }
         return it->second;
     };
     for (int il = 0; il < model.n_layer; ++il) {
-        const file_tensor & gate = require(il, "gate.weight");
-        const file_tensor & up   = require(il, "up.weight");
-        const file_tensor & down = require(il, "down.weight");
-        for (const char * name : { "gate.scale", "up.scale" }) {
-            const file_tensor & scale = require(il, name);
+        const file_tensor& gate = require(il, "gate.weight");
+        const file_tensor& up   = require(il, "up.weight");
+        const file_tensor& down = require(il, "down.weight");
+        for (const char * name : {"gate.scale", "up.scale"}) {
+            const file_tensor& scale = require(il, name);
             if (scale.type != GGML_TYPE_F32 || scale.ne[0] != 1 || scale.ne[1] != 1) {
-                throw open_error{ path + ": blk." + std::to_string(il) + ".ffn_" + name +
-                                  " must be one F32 value: export it again" };
+                throw open_error{path + ": blk." + std::to_string(il) + ".ffn_" + name +
+                                 " must be one F32 value: export it again"};
             }
         }
         if (up.ne[0] != gate.ne[0] || up.ne[1] != gate.ne[1] || down.ne[0] != gate.ne[1] || down.ne[1] != gate.ne[0]) {
-            throw open_error{ path + ": the FFN tensors of layer " + std::to_string(il) + " do not fit each other" };
+            throw open_error{path + ": the FFN tensors of layer " + std::to_string(il) + " do not fit each other"};
         }
         model.n_ff.push_back(gate.ne[1]);
     }
@@ -183,14 +183,14 @@ void check_layers(const std::string & path, sparse_model & model) {
 
 } // namespace
 
-std::shared_ptr<sparse_model> open_model(const std::string & path, std::string & error, bool & is_dense) {
+std::shared_ptr<sparse_model> open_model(const std::string& path, std::string& error, bool& is_dense) {
     is_dense = false;
     try {
         auto      model = std::make_shared<sparse_model>();
         gguf_file first = read_header(path);
         if (gguf_find_key(first.gguf.get(), "prosparse.version") < 0) {
             is_dense = true;
-            throw open_error{ path + " has no prosparse keys: it is a dense model" };
+            throw open_error{path + " has no prosparse keys: it is a dense model"};
         }
         read_keys(first.gguf.get(), path, *model);
         model->shards = shard_paths(first.gguf.get(), path);
@@ -201,15 +201,15 @@ std::shared_ptr<sparse_model> open_model(const std::string & path, std::string &
         check_layers(path, *model);
         model->counters = std::make_unique<layer_counters[]>(model->n_layer);
         return model;
-    } catch (const open_error & e) {
+    } catch (const open_error& e) {
         error = e.text;
-    } catch (const std::exception & e) {
+    } catch (const std::exception& e) {
         error = path + " cannot be read: " + e.what();
     }
     return nullptr;
 }
 
-bool read_tensor(const sparse_model & model, const file_tensor & tensor, void * data, size_t offset, size_t size) {
+bool read_tensor(const sparse_model& model, const file_tensor& tensor, void * data, size_t offset, size_t size) {
     std::ifstream file(model.shards[tensor.shard], std::ios::binary);
     file.seekg((std::streamoff) (tensor.offset + offset));
     file.read((char *) data, (std::streamsize) size);

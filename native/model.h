@@ -21,7 +21,7 @@ struct file_tensor {
     weight_role role;
     ggml_type   type;
     int64_t     ne[2];
-    size_t      shard; // index into sparse_model::shards
+    size_t      shard;  // index into sparse_model::shards
     size_t      offset; // bytes from the start of the shard
     size_t      size;   // bytes
 };
@@ -41,25 +41,25 @@ struct ffn_weight {
 };
 
 struct layer_counters {
-    std::atomic<uint64_t> n_tokens{ 0 };
-    std::atomic<uint64_t> n_active{ 0 };
+    std::atomic<uint64_t> n_tokens{0};
+    std::atomic<uint64_t> n_active{0};
 };
 
 struct sparse_model : std::enable_shared_from_this<sparse_model> {
-    std::vector<std::string>                     shards; // paths
+    std::vector<std::string>                     shards;           // paths
     float                                        threshold = 0.0f; // FATReLU: active if gate > 0 and gate >= threshold
     int                                          n_layer   = 0;
     std::unordered_map<std::string, file_tensor> tensors;
     std::vector<int64_t>                         n_ff; // of each layer
     std::unique_ptr<layer_counters[]>            counters;
-    std::atomic<bool>                            sparse{ true };
+    std::atomic<bool>                            sparse{true};
     ggml_backend_buffer_type                     buft = {};
 };
 
 // Reads the header of `path`, or explains in one line why not. `is_dense`: a valid GGUF without prosparse keys.
-std::shared_ptr<sparse_model> open_model(const std::string & path, std::string & error, bool & is_dense);
+std::shared_ptr<sparse_model> open_model(const std::string& path, std::string& error, bool& is_dense);
 
 // Reads a tensor's bytes again from its file; false if that fails.
-bool read_tensor(const sparse_model & model, const file_tensor & tensor, void * data, size_t offset, size_t size);
+bool read_tensor(const sparse_model& model, const file_tensor& tensor, void * data, size_t offset, size_t size);
 
 } // namespace prosparse
