@@ -89,18 +89,17 @@ class _TokenLoss(torch.autograd.Function):
         sums = torch.zeros(2, device=logits.device, dtype=torch.float32)
         for i in range(0, n, chunk):
             part = slice(i, i + chunk)
-            log_p = torch.log_softmax(logits[part].float(), -1)  # (chunk, vocabulary)
-            p = log_p.exp()
+            log_p = torch.log_softmax(logits[part], -1, dtype=torch.float32)  # (chunk, vocabulary)
             target = labels[part].unsqueeze(1)
             sums[0] -= log_p.gather(1, target).sum()
-            d = ce_weight * p
-            d.scatter_add_(1, target, torch.full_like(target, -ce_weight, dtype=d.dtype))
+            d = log_p.exp().mul_(ce_weight + (distill if teacher is not None else 0.0))
             if teacher is not None:
-                log_q = torch.log_softmax(teacher[part].float(), -1)
+                log_q = torch.log_softmax(teacher[part], -1, dtype=torch.float32)
                 q = log_q.exp()
-                sums[1] += (q * (log_q - log_p)).sum()
-                d += distill * (p - q)
-            gradient[part] = d / n
+                sums[1] += torch.dot(q.view(-1), log_q.sub_(log_p).view(-1))
+                d.sub_(q, alpha=distill)
+            d.scatter_add_(1, target, torch.full_like(target, -ce_weight, dtype=d.dtype))
+            gradient[part] = d.mul_(1.0 / n)
         ctx.save_for_backward(gradient)
         means = sums / n
         ctx.mark_non_differentiable(means)
@@ -118,7 +117,7 @@ def token_loss(
     labels: torch.Tensor,
     ce_weight: float = 1.0,
     distill: float = 0.0,
-    chunk: int = 1024,
+    chunk: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Next-token loss of a batch.
 
