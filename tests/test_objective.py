@@ -1,0 +1,100 @@
+"""Loss and penalty against plain autograd."""
+
+import copy
+
+import pytest
+import torch
+from export_models import BASE
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prosparse_pipe.objective import ActivationPenalty, token_loss
+from prosparse_pipe.relu import substitute_relu
+
+
+def tiny_model(family="llama"):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **BASE)).double()
+    return model, substitute_relu(model)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize(("ce_weight", "distill"), [(1.0, 0.0), (0.1, 1.0), (0.0, 2.0)])
+def test_token_loss_is_cross_entropy_and_kl(chunk, ce_weight, distill):
+    torch.manual_seed(1)
+    logits = torch.randn(2, 9, 50, requires_grad=True)
+    teacher = torch.randn(2, 9, 50) * 2
+    labels = torch.randint(0, 50, (2, 9))
+    loss, ce, kl = token_loss(logits, teacher, labels, ce_weight, distill, chunk)
+    (gradient,) = torch.autograd.grad(loss * 3, logits)
+
+    log_p = torch.log_softmax(logits[:, :-1].double(), -1)
+    log_q = torch.log_softmax(teacher[:, :-1].double(), -1)
+    expected_ce = nn.functional.nll_loss(log_p.reshape(-1, 50), labels[:, 1:].reshape(-1))
+    expected_kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    expected = ce_weight * expected_ce + distill * expected_kl
+    (expected_gradient,) = torch.autograd.grad(expected * 3, logits)
+    torch.testing.assert_close(ce.double(), expected_ce, rtol=1e-5, atol=1e-6)
+    if distill:
+        torch.testing.assert_close(kl.double(), expected_kl, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-7)
+
+
+def explicit_penalty(model, ffns, ids):
+    """Sum over layers of mean |relu(gate) * up| from the layers' own inputs, in plain autograd."""
+    found = []
+    handles = [
+        ffn.module.register_forward_pre_hook(
+            lambda m, args: found.append((torch.relu(m.gate_proj(args[0])) * m.up_proj(args[0])).abs().mean())
+        )
+        for ffn in ffns
+    ]
+    model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(found).sum()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_penalty_and_its_gradient(checkpointing, family):
+    model, ffns = tiny_model(family)
+    reference = copy.deepcopy(model)
+    ids = torch.randint(0, 300, (3, 16))
+    explicit_penalty(reference, substitute_relu(reference), ids).backward()
+
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    penalty = ActivationPenalty(ffns)
+    with penalty.collect():
+        logits = model(input_ids=ids, use_cache=False).logits
+    l1, rates = penalty.take()
+    (l1 + 0.0 * logits.sum()).backward()
+    assert rates.shape == (2,)
+    assert all(0 < rate < 1 for rate in rates)
+    for (name, expected), actual in zip(reference.named_parameters(), model.parameters(), strict=True):
+        if "mlp" in name and "down" not in name:
+            assert expected.grad.abs().max() > 0
+            torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-5, atol=1e-9)
+    penalty.close()
+
+
+def test_rates_are_the_share_of_non_zeros():
+    model, ffns = tiny_model()
+    ids = torch.randint(0, 300, (2, 8))
+    seen = []
+    handle = ffns[1].down.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    penalty = ActivationPenalty(ffns)
+    with penalty.collect():
+        model(input_ids=ids, use_cache=False)
+    l1, rates = penalty.take()
+    handle.remove()
+    assert rates[1].item() == pytest.approx((seen[0] != 0).double().mean().item(), abs=1e-6)
+    with pytest.raises(RuntimeError, match="did not run"):
+        penalty.take()
+    penalty.close()
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    assert l1.item() > 0
