@@ -140,7 +140,7 @@ void read_tensors(const gguf_file& file, size_t shard, sparse_model& model) {
     for (int64_t i = 0; i < n; ++i) {
         const char * name = gguf_get_tensor_name(file.gguf.get(), i);
         file_tensor  tensor;
-        if (!parse_name(name, tensor.layer, tensor.role)) {
+        if (!parse_name(name, tensor.layer, tensor.role) || tensor.layer < 0 || tensor.layer >= model.n_layer) {
             continue;
         }
         const ggml_tensor * meta = ggml_get_tensor(file.meta.get(), name);
