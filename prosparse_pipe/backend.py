@@ -33,7 +33,9 @@ def find_library() -> Path:
         if not Path(override).is_file():
             raise BackendError(f"PROSPARSE_LIBRARY={override} does not exist", "unset it, or build the library")
         return Path(override)
-    path = Path(str(importlib.metadata.distribution("prosparse-pipe").locate_file(f"prosparse_pipe/lib/{LIBRARY_NAME}")))
+    path = Path(
+        str(importlib.metadata.distribution("prosparse-pipe").locate_file(f"prosparse_pipe/lib/{LIBRARY_NAME}"))
+    )
     if path.is_file():
         return path
     raise BackendError(f"{LIBRARY_NAME} is not part of this installation", REINSTALL)
@@ -112,9 +114,7 @@ class SparseModel:
         self.library = load_backend()
         error = ctypes.create_string_buffer(1024)
         is_dense = ctypes.c_bool(False)
-        self.handle = self.library.prosparse_model_open(
-            os.fsencode(path), error, len(error), ctypes.byref(is_dense)
-        )
+        self.handle = self.library.prosparse_model_open(os.fsencode(path), error, len(error), ctypes.byref(is_dense))
         if not self.handle:
             raise NotSparseError(error.value.decode()) if is_dense.value else GGUFError(error.value.decode())
 

@@ -1,6 +1,6 @@
 """Opens a GGUF in llama-cpp-python with its feed-forward networks computed sparsely.
 
-    llama = prosparse_pipe.load("model-Q8_0.gguf", n_ctx=4096)   # a llama_cpp.Llama
+llama = prosparse_pipe.load("model-Q8_0.gguf", n_ctx=4096)   # a llama_cpp.Llama
 """
 
 import ctypes
