@@ -1,4 +1,4 @@
-"""Tells CMake where the ggml of the installed llama-cpp-python is, and gets the one private header that its wheel lacks.
+"""Tells CMake where the ggml of the installed llama-cpp-python is, and gets the private header that its wheel lacks.
 
 Run by native/CMakeLists.txt as `python locate_ggml.py HEADER_CACHE`. Prints KEY=VALUE lines. The header
 ggml-backend-impl.h comes out of the source distribution of exactly the installed release (pip download, seconds).
@@ -49,7 +49,7 @@ def fetch_private_header(version: str, cache: Path) -> Path:
         archives = list(Path(temporary).glob("llama_cpp_python-*.tar.gz"))
         if result.returncode != 0 or not archives:
             fail(
-                f"could not download the sources of llama-cpp-python {version}; give a llama.cpp tree of the same release"
+                f"could not download the sources of llama-cpp-python {version}; give a llama.cpp tree of that release"
                 f" with -DLLAMA_CPP_SOURCE_DIR=DIR\n{result.stderr.strip()}"
             )
         with tarfile.open(archives[0]) as archive:

@@ -12,7 +12,6 @@ import dataclasses
 import datetime
 import importlib.resources
 import io
-import itertools
 import json
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import llama_cpp
 import numpy as np
 
@@ -33,7 +33,7 @@ PROMPT_TOKENS = 32  # context before the first decoded token, so that attention 
 
 
 @dataclasses.dataclass
-class Test:
+class Workload:
     """Tokens to time, int32 (n,): decoded one by one after an untimed prompt (tg), or prefilled at once (pp)."""
 
     kind: str
@@ -80,7 +80,7 @@ class Side:
             self.decode(tokens[i : i + 1])
         return tokens
 
-    def measure(self, test: Test) -> float:
+    def measure(self, test: Workload) -> float:
         """Seconds that the test's tokens take."""
         self.clear()
         self.decode(test.prompt)
@@ -95,7 +95,7 @@ class Side:
         return time.perf_counter() - start
 
 
-def compare_logits(stock: Side, sparse: Side, test: Test) -> float:
+def compare_logits(stock: Side, sparse: Side, test: Workload) -> float:
     """Largest |sparse - stock| / |stock| (L2 over the vocabulary) of the logits, both sides fed the same tokens.
 
     After every token of a tg test, after the last one of a pp test.
@@ -112,7 +112,7 @@ def compare_logits(stock: Side, sparse: Side, test: Test) -> float:
     return worst
 
 
-def interleave(stock: Side, sparse: Side, test: Test, repetitions: int) -> tuple[list[float], list[float]]:
+def interleave(stock: Side, sparse: Side, test: Workload, repetitions: int) -> tuple[list[float], list[float]]:
     """Tokens/s of each run of stock and of sparse, in turn; who is first changes, so that a drift hits both."""
     speeds: dict[Side, list[float]] = {stock: [], sparse: []}
     for repetition in range(repetitions):
@@ -153,10 +153,14 @@ def run_bench(
                     f"{path} is a dense model: it would run the same on both sides", "export a sparse one"
                 )
             ids = np.array(stock.llama.tokenize(text.encode(), add_bos=True), np.int32)
+            threshold = float(stock.llama.metadata.get("prosparse.threshold", 0))
+            if threshold:
+                note = f"note: stock llama.cpp does not apply the threshold of {threshold:g}: logits differ by it"
+                click.echo(note, err=True)
             base = _describe_run(path, stock, machine, n_threads, repetitions, kwargs)
-            tests = [Test("pp", ids[:0], np.resize(ids, n)) for n in prompt_sizes]
+            tests = [Workload("pp", ids[:0], np.resize(ids, n)) for n in prompt_sizes]
             prompt = ids[:PROMPT_TOKENS]
-            tests += [Test("tg", prompt, stock.greedy(prompt, n)) for n in generate_sizes]
+            tests += [Workload("tg", prompt, stock.greedy(prompt, n)) for n in generate_sizes]
             for test in tests:
                 error = compare_logits(stock, sparse, test)
                 interleave(stock, sparse, test, 1)  # warm-up: page cache, clocks
@@ -244,16 +248,16 @@ def format_rows(rows: Iterable[dict[str, Any]], output: str) -> Iterator[str]:
     elif output == "json":
         yield json.dumps(list(rows), indent=2)
     elif output == "csv":
-        first = next(rows)
-        for index, row in enumerate(itertools.chain([first], rows)):
+        for index, row in enumerate(rows):
             text = io.StringIO()
-            writer = csv.DictWriter(text, first, lineterminator="\n")
+            writer = csv.DictWriter(text, list(row), lineterminator="\n")
             if index == 0:
                 writer.writeheader()
             writer.writerow(row | {"machine": json.dumps(row["machine"])})
             yield text.getvalue().rstrip("\n")
     else:
-        yield "| " + " | ".join(MD_COLUMNS.values()) + " |"
-        yield "|" + " --- |" * len(MD_COLUMNS)
-        for row in rows:
+        for index, row in enumerate(rows):
+            if index == 0:
+                yield "| " + " | ".join(MD_COLUMNS.values()) + " |"
+                yield "|" + " --- |" * len(MD_COLUMNS)
             yield "| " + " | ".join(str(row[key]) for key in MD_COLUMNS) + " |"

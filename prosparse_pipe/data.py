@@ -5,9 +5,9 @@ A source is
   - the name of a dataset on the hub (`user/name`, `user/name:split`), streamed,
   - `chitchat`: the conversations of the package chitchat-dataset (extra `demo`).
 
-A row of jsonl, parquet or a hub dataset is a document: `text`, or a chat in one of the usual forms (`messages` with role
-and content; `conversations` with from and value, as in ShareGPT; `instruction`, `input`, `output`, as in Alpaca), which
-the tokenizer's chat template renders. Plain text is cut at blank lines into documents of about 2,000 characters.
+A row of jsonl, parquet or a hub dataset is a document: `text`, or a chat in one of the usual forms (`messages` with
+role and content; `conversations` with from and value, as in ShareGPT; `instruction`, `input`, `output`, as in Alpaca),
+which the tokenizer's chat template renders. Plain text is cut at blank lines into documents of about 2,000 characters.
 """
 
 import dataclasses

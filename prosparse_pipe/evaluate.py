@@ -15,7 +15,7 @@ THRESHOLDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 
 @dataclasses.dataclass
 class Evaluation:
-    """Perplexity over `tokens` predicted tokens; sparsity per layer (0 to 1); activation rates f32 (n_ff,) per layer."""
+    """Perplexity over `tokens` predicted tokens; per layer sparsity (0 to 1) and activation rates, f32 (n_ff,)."""
 
     perplexity: float
     tokens: int

@@ -26,8 +26,8 @@ tags: [prosparse, relu, sparse, gguf]
 ---
 # {name}
 
-{provenance["base_model"]} with ReLU feed-forward networks, trained with ProSparse (arXiv 2402.13516) to leave most neurons
-at zero. A runtime that knows it reads only the active ones.
+{provenance["base_model"]} with ReLU feed-forward networks, trained with ProSparse (arXiv 2402.13516) to leave most
+neurons at zero. A runtime that knows it reads only the active ones.
 
 | on {evaluation["tokens"]:,} tokens, {evaluation["text"]} | perplexity | sparsity of x1 |
 | --- | --- | --- |
@@ -36,7 +36,8 @@ at zero. A runtime that knows it reads only the active ones.
 | **this model** | **{evaluation["perplexity"]:.2f}** | **{sum(info.sparsity) / len(info.sparsity):.1%}** |
 
 - Activation: {info.activation}, threshold {info.threshold:g} on the gate (plain transformers computes ReLU, without it)
-- Trained on {provenance["tokens"]:,} tokens of {provenance["data"]}; {config["steps"]:,} steps, trainable: {config["trainable"]}
+- Trained on {provenance["tokens"]:,} tokens of {provenance["data"]} in {config["steps"]:,} steps
+- Trainable weights: {config["trainable"]}
 - Schedule: {schedule}; distillation weight {config["distill"]:g}, cross entropy weight {config["ce_weight"]:g}
 - prosparse-pipe {provenance["version"]}, {provenance["created"]}; every setting is in prosparse.json
 - The licence is the base model's; check that of the data, too

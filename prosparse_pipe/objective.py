@@ -2,8 +2,9 @@
 
     loss = ce_weight * CE + distill * KL(dense || sparse) + lambda * sum over layers of mean |x1|
 
-The L1 term is on x1 = relu(gate) * up, as in ProSparse (arXiv 2402.13516). The paper does not say how it is normalised; here
-it is the mean over tokens and neurons of a layer, summed over layers, so lambda means the same for every batch and width.
+The L1 term is on x1 = relu(gate) * up, as in ProSparse (arXiv 2402.13516). The paper does not say how it is normalised;
+here it is the mean over tokens and neurons of a layer, summed over layers, so lambda means the same for every batch and
+width.
 """
 
 from collections.abc import Iterator
@@ -19,9 +20,9 @@ from prosparse_pipe.relu import GatedFFN
 class ActivationPenalty:
     """Collects mean |x1| and the share of non-zeros of every layer while a forward pass runs.
 
-    The penalty is a tensor of the graph that the caller adds to the loss: so loss scaling, gradient accumulation and the
-    averaging of DDP and FSDP treat it like every other part of the loss. Under gradient checkpointing a layer runs again
-    during backward; the hook then computes the same tensors (the checkpoint compares them) but does not collect them.
+    The penalty is a tensor of the graph that the caller adds to the loss, so loss scaling, gradient accumulation and
+    the averaging of DDP and FSDP treat it like every other part. Under gradient checkpointing a layer runs again during
+    backward; the hook then computes the same tensors (the checkpoint compares them) but does not collect them.
 
     Args:
         ffns: of the model, from `find_ffns`. Hooks stay until `close`.
@@ -71,7 +72,8 @@ class ActivationPenalty:
 class _TokenLoss(torch.autograd.Function):
     """Mean over tokens of ce_weight * CE + distill * KL(teacher || student), its gradient formed chunk by chunk.
 
-    Softmaxes over 50,000 to 150,000 words in f32 exist for one chunk only; what is kept is one gradient in the logits' type.
+    Softmaxes over 50,000 to 150,000 words in f32 exist for one chunk only; what is kept is one gradient, in the type of
+    the logits.
     """
 
     @staticmethod

@@ -58,7 +58,7 @@ def find_ffns(model: nn.Module) -> list[GatedFFN]:
     Raises:
         UnsupportedModelError: there is none, or one has no activation module to replace (e.g. fused gate_up_proj).
     """
-    ffns = []
+    ffns: list[GatedFFN] = []
     for name, module in model.named_modules():
         gate, up, down = (getattr(module, f"{part}_proj", None) for part in ("gate", "up", "down"))
         if gate is None or up is None or down is None:
@@ -93,7 +93,7 @@ def substitute_relu(model: nn.Module, threshold: float = 0.0) -> list[GatedFFN]:
     ffns = find_ffns(model)
     for ffn in ffns:
         setattr(ffn.module, ffn.activation_attribute, FATReLU(threshold))
-    config = model.config
+    config: Any = model.config
     config.hidden_act = "relu"
     if hasattr(config, "hidden_activation"):
         config.hidden_activation = "relu"
@@ -107,7 +107,7 @@ def set_threshold(ffns: list[GatedFFN], threshold: float) -> None:
         getattr(ffn.module, ffn.activation_attribute).threshold = threshold
 
 
-def drop_quantizer(model: nn.Module) -> None:
+def drop_quantizer(model: Any) -> None:
     """Makes a model that was dequantized from GGUF an ordinary one, which saves and whose config knows no GGUF."""
     model.hf_quantizer = None
     model.is_quantized = False

@@ -109,6 +109,8 @@ def load(path: str | os.PathLike[str], *, sparse: bool = True, **llama_kwargs: A
     path = Path(path)
     _check_gguf(path)
     kwargs = {"verbose": False, **llama_kwargs}
+    if kwargs.get("n_ctx"):  # llama.cpp rounds up as well; Llama's own arrays do not follow it and overflow
+        kwargs["n_ctx"] = -(-kwargs["n_ctx"] // 256) * 256
     llama_cpp._logger.set_verbose(kwargs["verbose"])  # also for what ggml logs before Llama() does this
     model = None
     if sparse:

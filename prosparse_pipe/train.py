@@ -68,7 +68,8 @@ class SparseTrainer(Trainer):
         self.passes = 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # PackedBlocks is shuffled already
+        assert isinstance(self.train_dataset, PackedBlocks)
+        return SequentialSampler(self.train_dataset)  # it is shuffled already
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -139,7 +140,7 @@ class RunCallback(TrainerCallback):
         assert self.trainer is not None
         c = self.config
         loss = c.ce_weight * figures["ce"] + c.distill * figures["kl"] + coefficient * figures["penalty"]
-        rate = self.trainer.optimizer.param_groups[0]["lr"]
+        rate = self.trainer.optimizer.param_groups[0]["lr"] if self.trainer.optimizer else 0.0
         record = {"step": state.global_step, "loss": loss, **figures, "lambda": coefficient, "lr": rate}
         record["tokens"] = state.global_step * self.tokens_per_step
         with open(self.run / RECORDS, "a") as file:
@@ -293,6 +294,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
     ffns = substitute_relu(model)
     if is_main_process():
         substituted = evaluate(model, heldout, config.batch_size, bf16)
+        assert dense is not None
         log.info("held-out perplexity: dense %.2f, with ReLU untrained %.2f", dense.perplexity, substituted.perplexity)
     if config.trainable == "ffn":
         model.requires_grad_(False)
@@ -358,7 +360,7 @@ def _run_trainer(trainer: SparseTrainer, callback: RunCallback, checkpoint: Path
 
 
 def _save_weights(trainer: SparseTrainer, run: Path) -> None:
-    """The whole model in `run`, gathered from all processes; from a folder beside it, so that nothing is half-written."""
+    """The whole model in `run`, gathered from all processes, moved there when it is whole."""
     partial = run / "checkpoints" / "final"
     trainer.save_model(str(partial))
     if is_main_process():

@@ -98,9 +98,10 @@ def test_what_a_run_leaves_behind(tmp_path, text):
 def test_the_penalty_makes_it_sparser(tmp_path, text):
     model = dense_model(tmp_path / "dense")
     sparsity = {}
+    settings = FAST | {"lr": 3e-3, "save_steps": 1000}
     for strength in (0.0, 20.0):
         config = TrainConfig(model=model, data=[text], out=str(tmp_path / f"run{strength}"), steps=30, threshold=0.0,
-                             schedule=[[0, 0.1], [strength, 1.0]], **FAST | {"lr": 3e-3, "save_steps": 1000})  # fmt: skip
+                             schedule=[[0, 0.1], [strength, 1.0]], **settings)  # fmt: skip
         sparsity[strength] = train(config).sparse.mean_sparsity
     assert sparsity[20.0] > sparsity[0.0] + 0.05
 
