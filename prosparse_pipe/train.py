@@ -314,6 +314,9 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
         config=config,
     )
     callback.trainer = trainer
+    if is_main_process() and arguments.world_size > 1:
+        kind = trainer.accelerator.distributed_type.value
+        log.info("%d processes: %s", arguments.world_size, kind)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     _run_trainer(trainer, callback, checkpoint, run)
