@@ -213,6 +213,9 @@ def _trim_records(path: Path, step: int) -> None:
 
 
 def training_arguments(config: TrainConfig, run: Path, bf16: bool) -> TrainingArguments:
+    recompute: dict[str, Any] = {}
+    if config.gradient_checkpointing:
+        recompute = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(run / "checkpoints"),
         max_steps=config.steps,
@@ -226,8 +229,6 @@ def training_arguments(config: TrainConfig, run: Path, bf16: bool) -> TrainingAr
         adam_beta2=config.adam_beta2,
         max_grad_norm=config.max_grad_norm,
         bf16=bf16,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         logging_strategy="no",  # RunCallback logs
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
@@ -238,6 +239,7 @@ def training_arguments(config: TrainConfig, run: Path, bf16: bool) -> TrainingAr
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
+        **recompute,
     )
 
 

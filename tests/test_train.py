@@ -133,16 +133,18 @@ def test_released_layout(tmp_path, text):
     assert activation(torch.tensor([-1.0, 0.01, 0.02, 1.0])).tolist() == pytest.approx([0.0, 0.0, 0.02, 1.0])
 
 
-def test_accumulation_equals_a_larger_batch(tmp_path, text):
+def test_accumulation_and_recomputing_change_nothing(tmp_path, text):
     model = dense_model(tmp_path / "dense")
     records = []
-    for batch, accumulation in ((4, 1), (1, 4)):
+    for batch, accumulation, recompute in ((4, 1, False), (1, 4, False), (4, 1, True)):
         settings = FAST | {"batch_size": batch, "grad_accum": accumulation, "schedule": [[0.5, 0.5], [2.0, 1.0]]}
-        run = train(TrainConfig(model=model, data=[text], out=str(tmp_path / str(batch)), steps=4, **settings)).run
+        settings["gradient_checkpointing"] = recompute
+        out = tmp_path / f"{batch}{recompute}"
+        run = train(TrainConfig(model=model, data=[text], out=str(out), steps=4, **settings)).run
         records.append([json.loads(line) for line in (run / "training.jsonl").read_text().splitlines()])
-    for a, b in zip(*records, strict=True):
+    for a, *others in zip(*records, strict=True):
         for key in ("ce", "penalty", "loss"):  # the same sums in another order, f32
-            assert a[key] == pytest.approx(b[key], rel=2e-5)
+            assert [other[key] for other in others] == pytest.approx([a[key]] * 2, rel=2e-5)
 
 
 def command(model: str, text: str, out: Path, *more: str) -> list[str]:
