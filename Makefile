@@ -18,6 +18,8 @@ export PROSPARSE_RUNS = $(dir $(RUN))
 .PHONY: demo test lint test-native test-python format setup setup-test clean
 
 demo: $(RUN)/gguf/.exported
+	@echo "== the model in $(RUN)"
+	@sed -n '/^| on /,/^$$/p' $(RUN)/README.md
 	@echo "== the sparse backend beside stock llama.cpp, same file, same threads"
 	$(BIN)/prosparse-pipe bench $(RUN) -p 0 -n 64 -r 5
 	@echo "== an answer of the sparse model"
