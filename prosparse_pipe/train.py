@@ -12,11 +12,14 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
@@ -35,6 +38,7 @@ from prosparse_pipe.train_config import TrainConfig
 
 log = logging.getLogger(__name__)
 
+FULL_BYTES = 16 << 20  # a disk with less than this is why a write failed
 COMPLETE = "complete"  # marker of a whole checkpoint: written last
 RECORDS = "training.jsonl"
 PLOT = "training.png"
@@ -207,7 +211,14 @@ def open_run(config: TrainConfig, resume: bool, overwrite: bool) -> tuple[Path, 
 def _trim_records(path: Path, step: int) -> None:
     """Drops records after `step`: the resumed run writes them again."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # cut off by a kill
+                break
+            if record["step"] <= step:
+                kept.append(line)
         with atomic_path(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept))
 
@@ -321,9 +332,10 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
         log.info("%d processes: %s", arguments.world_size, kind)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    _run_trainer(trainer, callback, checkpoint, run)
-    penalty.close()
-    _save_weights(trainer, run)
+    with explain_full_disk(run):
+        _run_trainer(trainer, callback, checkpoint, run)
+        penalty.close()
+        _save_weights(trainer, run)
     if not is_main_process():
         return None
     assert dense is not None and substituted is not None
@@ -342,6 +354,18 @@ def _load_text(config: TrainConfig, tokenizer: Any, n_samples: int) -> tuple[np.
     return load_blocks(tokenizer, config.data, config.seq_len, "train", limit, config.seed), heldout
 
 
+@contextmanager
+def explain_full_disk(run: Path) -> Iterator[None]:
+    """One line for a full disk: torch and safetensors report it as different errors, or as a short write."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, ProsparseError) or shutil.disk_usage(run).free > FULL_BYTES:
+            raise
+        hint = "free some disk space, then go on with --resume"
+        raise ProsparseError(f"no space left while saving a checkpoint in {run}", hint) from error
+
+
 def _run_trainer(trainer: SparseTrainer, callback: RunCallback, checkpoint: Path | None, run: Path) -> None:
     def on_interrupt(signum: int, frame: Any) -> None:
         if callback.interrupted:
@@ -352,12 +376,6 @@ def _run_trainer(trainer: SparseTrainer, callback: RunCallback, checkpoint: Path
     previous = signal.signal(signal.SIGINT, on_interrupt)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except OSError as error:
-        if error.errno == 28:
-            raise ProsparseError(
-                f"no space left while saving a checkpoint in {run}", "free some disk space, then --resume"
-            ) from error
-        raise
     finally:
         signal.signal(signal.SIGINT, previous)
     if callback.interrupted and trainer.state.global_step < trainer.state.max_steps:

@@ -189,6 +189,8 @@ def test_resume_after_kill_is_exact(tmp_path, text):
     process.wait()
     assert not (killed / "prosparse.json").exists()
     (killed / "checkpoints" / "checkpoint-10").mkdir(exist_ok=True)  # half-written: must be ignored
+    with open(killed / "training.jsonl", "a") as file:
+        file.write('{"step": 11, "lo')  # likewise
     refused = subprocess.run(command(model, text, killed), env=environment(), capture_output=True, text=True)
     assert refused.returncode == 1
     assert "--resume" in refused.stderr
