@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 
 from prosparse_pipe.errors import ProsparseError
 
@@ -54,25 +55,20 @@ def read_chitchat() -> Iterator[dict[str, Any]]:
 
 
 def read_text(path: Path) -> Iterator[dict[str, Any]]:
-    """Documents of a plain text file: paragraphs joined until there are about DOCUMENT_CHARACTERS."""
-    paragraphs: list[str] = []
+    """Documents of a plain text file, cut after DOCUMENT_CHARACTERS at a blank line, or at any if none comes."""
     lines: list[str] = []
     size = 0
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            if line.strip():
-                lines.append(line.rstrip("\n"))
-                size += len(line)
-                continue
-            if lines:
-                paragraphs.append("\n".join(lines))
-                lines = []
-            if size >= DOCUMENT_CHARACTERS:
-                yield {"text": "\n\n".join(paragraphs)}
-                paragraphs, size = [], 0
-    paragraphs += ["\n".join(lines)] if lines else []
-    if paragraphs:
-        yield {"text": "\n\n".join(paragraphs)}
+            enough = size >= DOCUMENT_CHARACTERS * (1 if not line.strip() else 2)  # text without blank lines
+            if enough:
+                yield {"text": "\n".join(lines).strip("\n")}
+                lines, size = [], 0
+            lines.append(line.rstrip("\n"))
+            size += len(line)
+    text = "\n".join(lines).strip("\n")
+    if text.strip():
+        yield {"text": text}
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -168,6 +164,13 @@ def render(row: Any, tokenizer: Any) -> str:
     Raises:
         DataError: the row has neither text nor a chat.
     """
+    try:
+        return _render(row, tokenizer)
+    except (KeyError, TypeError, AttributeError, TemplateError) as error:
+        raise DataError(f"a row's chat cannot be read: {error!r}", "see docs/train.md for the formats") from None
+
+
+def _render(row: Any, tokenizer: Any) -> str:
     if isinstance(row, dict):
         if isinstance(row.get("text"), str):
             return row["text"]
@@ -193,6 +196,18 @@ def is_heldout(digest: bytes) -> bool:
     return int.from_bytes(digest[:8], "big") < HELDOUT_SHARE * 2**64
 
 
+def interleave(sources: list[Iterator[Any]]) -> Iterator[Any]:
+    """One row of each source in turn, until all are exhausted: a run that stops early has seen them all."""
+    while sources:
+        left = []
+        for source in sources:
+            for row in source:
+                yield row
+                left.append(source)
+                break
+        sources = left
+
+
 def read_documents(tokenizer: Any, sources: Iterable[str], split: str, seed: int) -> Iterator[str]:
     """Distinct documents of the sources, shuffled within a buffer of SHUFFLE_BUFFER.
 
@@ -203,19 +218,18 @@ def read_documents(tokenizer: Any, sources: Iterable[str], split: str, seed: int
     order = random.Random(seed)
     seen: set[bytes] = set()
     buffer: list[str] = []
-    for source in sources:
-        for row in read_source(source):
-            document = render(row, tokenizer)
-            digest = hashlib.blake2b(document.encode(), digest_size=16).digest()
-            if not document.strip() or digest in seen or is_heldout(digest) != (split == "heldout"):
-                continue
-            seen.add(digest)
-            if len(buffer) < SHUFFLE_BUFFER:
-                buffer.append(document)
-                continue
-            place = order.randrange(SHUFFLE_BUFFER)
-            buffer[place], document = document, buffer[place]
-            yield document
+    for row in interleave([read_source(source) for source in sources]):
+        document = render(row, tokenizer)
+        digest = hashlib.blake2b(document.encode(), digest_size=16).digest()
+        if not document.strip() or digest in seen or is_heldout(digest) != (split == "heldout"):
+            continue
+        seen.add(digest)
+        if len(buffer) < SHUFFLE_BUFFER:
+            buffer.append(document)
+            continue
+        place = order.randrange(SHUFFLE_BUFFER)
+        buffer[place], document = document, buffer[place]
+        yield document
     order.shuffle(buffer)
     yield from buffer
 
@@ -232,7 +246,7 @@ def token_blocks(
     limit_tokens: int | None = None,
     seed: int = 0,
 ) -> Iterator[np.ndarray]:
-    """Documents packed into blocks, each document followed by EOS.
+    """Documents packed into blocks, each after BOS (if the tokenizer adds one) and followed by EOS.
 
     Args:
         split: "train" or "heldout".
@@ -248,9 +262,12 @@ def token_blocks(
         raise ValueError(f"split must be train or heldout, not {split}")
     sources = list(sources)
     pending: list[int] = []
+    first = tokenizer("a")["input_ids"][:1]
+    bos = first if first == [tokenizer.bos_token_id] else []  # models that were trained with it need it
     n_blocks = n_tokens = 0
     for document in read_documents(tokenizer, sources, split, seed):
-        pending += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        pending += ids if ids[:1] == bos else bos + ids
         pending.append(tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0)
         while len(pending) >= seq_len:
             yield np.array(pending[:seq_len], np.int64)
@@ -262,7 +279,7 @@ def token_blocks(
     if n_blocks == 0:
         raise DataError(
             f"{', '.join(sources)}: the {split} text has {len(pending)} tokens, fewer than one block of {seq_len}",
-            "give more text, or a smaller --seq-len",
+            "give more text (2 % of the documents are held out), or a smaller --seq-len",
         )
 
 

@@ -31,7 +31,12 @@ def plot_training(records: Sequence[dict[str, Any]], target: Path, title: str = 
     loss.legend(frameon=False)
     low, high = ([f(layer) * 100 for layer in layers] for f in (min, max))
     sparsity.fill_between(steps, low, high, color="C2", alpha=0.2, linewidth=0, label="least and most sparse layer")
-    sparsity.plot(steps, [record["sparsity"] * 100 for record in records], color="C2", label="mean of the layers")
+    sparsity.plot(
+        steps,
+        [record["sparsity"] * 100 for record in records],
+        color="C2",
+        label="mean of the layers, before the threshold",
+    )
     sparsity.set_ylabel("sparsity of x1, %")
     sparsity.legend(frameon=False, loc="lower right")
     penalty.plot(steps, [record["lambda"] for record in records], color="C3", label="λ")

@@ -127,13 +127,17 @@ def load_model(path: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
     arguments = {"gguf_file": name} if name.endswith(".gguf") else {}
     source = folder or "." if arguments else path
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **arguments)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **arguments)
         tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f"{path} cannot be loaded: {reason[0]}", "is it a whole checkpoint that transformers reads?"
         ) from None
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would go on with random values; tied weights are not reported
+        raise CheckpointError(f"{path} lacks the tensor {missing[0]}", "it is not a whole checkpoint: restore the file")
     if arguments:
         drop_quantizer(model)
         restore_pre_tokenizer(tokenizer, path)

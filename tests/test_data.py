@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from export_models import tiny_tokenizer
 
-from prosparse_pipe.data import DataError, PackedBlocks, load_blocks, read_documents, read_source, render, token_blocks
+from prosparse_pipe.data import (
+    DataError,
+    PackedBlocks,
+    interleave,
+    load_blocks,
+    read_documents,
+    read_source,
+    render,
+    token_blocks,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +46,25 @@ def test_chat_forms_render_alike(tokenizer):
     assert render({"text": "plain"}, tokenizer) == "plain"
     with pytest.raises(DataError, match="it has: title"):
         render({"title": "x"}, tokenizer)
+    for broken in ([{"role": "user"}], ["Hi"], [{"role": "user", "content": None}]):
+        with pytest.raises(DataError, match="chat cannot be read"):
+            render({"messages": broken}, tokenizer)
+
+
+def test_sources_take_turns(tmp_path, tokenizer):
+    first = write_jsonl(tmp_path / "a.jsonl", [{"text": f"first {i}"} for i in range(50)])
+    second = write_jsonl(tmp_path / "b.jsonl", [{"text": f"second {i}"} for i in range(20)])
+    rows = [row["text"].split()[0] for row in interleave([read_source(first), read_source(second)])]
+    assert rows[:40] == ["first", "second"] * 20
+    assert rows[40:] == ["first"] * 30
+
+
+def test_text_without_blank_lines_is_cut_as_well(tmp_path):
+    lines = [f"line {i} of a file that has no blank lines" for i in range(500)]
+    (tmp_path / "log.txt").write_text("\n".join(lines))
+    found = [row["text"] for row in read_source(str(tmp_path / "log.txt"))]
+    assert len(found) > 4
+    assert "\n".join(found).splitlines() == lines
 
 
 def test_formats_hold_the_same_rows(tmp_path):

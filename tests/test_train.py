@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from export_models import BASE, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prosparse_pipe.checkpoint import SparseInfo, load_activation_rates
@@ -234,7 +235,13 @@ def test_refusals(tmp_path, text):
     dense = dense_model(tmp_path / "dense")
     with pytest.raises(UnsupportedModelError, match="not a ReLU model"):
         load_sparse_model(Path(dense))
-    (tmp_path / "dense" / "model.safetensors").write_bytes(b"truncated")
+    weights = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.1.mlp.gate_proj.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="lacks the tensor model"):
+        train(TrainConfig(model=dense, data=[text], out=str(tmp_path / "c"), **FAST))
+    weights.write_bytes(b"truncated")
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         train(TrainConfig(model=dense, data=[text], out=str(tmp_path / "b"), **FAST))
 
