@@ -1,7 +1,9 @@
 """The command line: `prosparse-pipe COMMAND`. Commands live in prosparse_pipe/commands and are imported when used."""
 
 import importlib
+import signal
 import sys
+from types import FrameType
 from typing import ClassVar
 
 import click
@@ -47,7 +49,30 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point: turns a missing extra into one line and Ctrl-C into exit code 130."""
+    """Entry point: turns a missing extra into one line and Ctrl-C into exit code 130.
+
+    A library may turn the KeyboardInterrupt it is hit by into an error of its own (torch's tensor constructor makes it
+    a ValueError), so what counts is that the signal came, not which exception arrives here.
+    """
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell's `&` has set it to ignore
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        _run()
+    except Exception:
+        if not interrupted:
+            raise
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+
+
+def _run() -> None:
     try:
         status = cli(standalone_mode=False)
     except click.exceptions.Abort:

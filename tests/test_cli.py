@@ -116,3 +116,21 @@ def test_the_newest_export_is_the_default(tmp_path, monkeypatch):
     monkeypatch.setenv("PROSPARSE_RUNS", str(tmp_path))
     assert resolve_gguf(None).name == "new.gguf"
     assert resolve_gguf(tmp_path / "old").name == "old.gguf"
+
+
+def test_an_interrupt_that_a_library_turns_into_its_own_error_still_exits_130(tmp_path: Path) -> None:
+    script = (
+        "import os, signal\n"
+        "from prosparse_pipe import cli\n"
+        "def run():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        signal.sigtimedwait([signal.SIGUSR1], 10)\n"
+        "    except KeyboardInterrupt:\n"
+        "        raise ValueError('could not determine the shape') from None\n"
+        "cli._run = run\n"
+        "cli.main()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 130
+    assert result.stderr == "interrupted\n"

@@ -125,7 +125,7 @@ def test_interrupting_the_export_leaves_nothing(tmp_path: Path) -> None:
         text=True,
     )
     while process.poll() is None and not list((run / "gguf").glob(".*")):
-        time.sleep(0.02)
+        time.sleep(0.001)  # the first tensor is being read: torch makes an error of its own of the interrupt there
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, log = process.communicate()
