@@ -53,13 +53,16 @@ def search_threshold(
     tolerance: float,
     batch_size: int = 4,
     bf16: bool = False,
+    floor: float = 0.0,
 ) -> tuple[float, Evaluation]:
-    """The largest of THRESHOLDS whose perplexity is at most (1 + tolerance) times that of threshold 0, and its figures.
+    """The largest of THRESHOLDS whose perplexity is at most (1 + tolerance) times the baseline's, and its figures.
+
+    `floor` is the threshold of the baseline; smaller ones are not tried.
 
     Source: arXiv 2402.13516, section 3.2 step 3, which chooses among .005, .01, .02 and .03 by hand.
     """
-    best = (0.0, baseline)
-    for threshold in THRESHOLDS:
+    best = (floor, baseline)
+    for threshold in (t for t in THRESHOLDS if t > floor):
         set_threshold(ffns, threshold)
         found = evaluate(model, blocks, batch_size, bf16)
         if found.perplexity > baseline.perplexity * (1 + tolerance):

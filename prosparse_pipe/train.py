@@ -30,16 +30,19 @@ from prosparse_pipe.checkpoint import INFO_NAME, SparseInfo, resolve_base_model,
 from prosparse_pipe.data import PackedBlocks, load_blocks
 from prosparse_pipe.errors import CheckpointError, ProsparseError
 from prosparse_pipe.evaluate import Evaluation, evaluate, search_threshold
+from prosparse_pipe.ffn_weights import load_ffn_weights
 from prosparse_pipe.model_card import write_model_card
 from prosparse_pipe.objective import ActivationPenalty, token_loss
 from prosparse_pipe.plots import plot_training
 from prosparse_pipe.relu import GatedFFN, find_ffns, load_model, set_threshold, substitute_relu
+from prosparse_pipe.schedule import SparsityController
 from prosparse_pipe.train_config import TrainConfig
 
 log = logging.getLogger(__name__)
 
 FULL_BYTES = 16 << 20  # a disk with less than this is why a write failed
 COMPLETE = "complete"  # marker of a whole checkpoint: written last
+CONTROLLER = "sparsity_controller.json"
 RECORDS = "training.jsonl"
 PLOT = "training.png"
 
@@ -52,17 +55,17 @@ class SparseTrainer(Trainer):
     """Trainer with the sparse objective: records of every `log_steps` steps, data in a fixed order.
 
     Args:
-        schedule: lambda by optimizer step.
         penalty: hooks on the model's FFNs.
         teacher: the frozen dense model, or None.
         config: of the run.
+        bf16: compute in bf16.
     """
 
     def __init__(
-        self, *args: Any, penalty: ActivationPenalty, teacher: Any, config: TrainConfig, **kwargs: Any
+        self, *args: Any, penalty: ActivationPenalty, teacher: Any, config: TrainConfig, bf16: bool, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.schedule = config.staged_schedule()
+        self.coefficients = config.coefficients()
         self.penalty = penalty
         self.teacher = teacher
         self.config = config
@@ -70,6 +73,10 @@ class SparseTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.sums: torch.Tensor | None = None  # (3 + n_layer,): ce, kl, penalty, activation rates; and forward passes
         self.passes = 0
+        self.step_sums: list[torch.Tensor] = []  # activation rates of the step's forward passes, mean over layers
+        self.compiled = False
+        # accelerate's autocast would make f32 of the logits, the largest tensor by far; with FSDP it is what casts
+        self.autocast = bf16 and not self.args.bf16
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         assert isinstance(self.train_dataset, PackedBlocks)
@@ -79,21 +86,32 @@ class SparseTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         ids = inputs["input_ids"]
-        with self.penalty.collect():
+        with self.penalty.collect(), torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
             logits = model(input_ids=ids, use_cache=False).logits
-        l1, rates = self.penalty.take()
+        penalty, rates = self.penalty.take()
         teacher_logits = None
         if self.teacher is not None:
             with torch.no_grad():
                 teacher_logits = self.teacher(input_ids=ids, use_cache=False).logits
-        token, ce, kl = token_loss(logits, teacher_logits, ids, self.config.ce_weight, self.config.distill)
-        coefficient = self.schedule.value(self.state.global_step)
+        chunk = 4096 if ids.device.type == "cuda" else 128
+        token, ce, kl = token_loss(
+            logits, teacher_logits, ids, self.config.ce_weight, self.config.distill, chunk, self.compiled
+        )
+        coefficient = self.coefficients.value(self.state.global_step)
         if model.training:
-            figures = torch.cat([torch.stack([ce, kl, l1.detach()]), rates])
+            figures = torch.cat([torch.stack([ce, kl, penalty.detach()]), rates])
             self.sums = figures if self.sums is None else self.sums + figures
             self.passes += 1
-        loss = token + coefficient * l1
+            self.step_sums.append(rates.mean())
+        loss = token + coefficient * penalty
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def steer(self) -> None:
+        """After an optimizer step: tells a controller the step's sparsity, over forward passes and processes."""
+        step_sums, self.step_sums = self.step_sums, []
+        if isinstance(self.coefficients, SparsityController):
+            rate = self.accelerator.reduce(torch.stack(step_sums).mean(), "mean").item()
+            self.coefficients.observe(self.state.global_step - 1, 1.0 - rate)
 
     def take_figures(self) -> dict[str, Any]:
         """Means since the last call, over forward passes and processes."""
@@ -114,15 +132,17 @@ class SparseTrainer(Trainer):
 class RunCallback(TrainerCallback):
     """Records, progress bar, checkpoint markers, and Ctrl-C."""
 
-    def __init__(self, run: Path, config: TrainConfig, tokens_per_step: int) -> None:
+    def __init__(self, run: Path, config: TrainConfig, ffns: list[GatedFFN], tokens_per_step: int) -> None:
         self.run = run
         self.config = config
+        self.ffns = ffns
         self.tokens_per_step = tokens_per_step
         self.trainer: SparseTrainer | None = None
         self.bar: tqdm | None = None
         self.interrupted = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._set_threshold(state)
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
@@ -130,8 +150,10 @@ class RunCallback(TrainerCallback):
         assert self.trainer is not None
         if self.bar is not None:
             self.bar.update(1)
+        coefficient = self.trainer.coefficients.value(state.global_step - 1)
+        self.trainer.steer()
+        self._set_threshold(state)
         if state.global_step % self.config.log_steps == 0 or state.global_step == state.max_steps:
-            coefficient = self.trainer.schedule.value(state.global_step - 1)
             figures = self.trainer.take_figures()
             if state.is_world_process_zero:
                 self._record(state, coefficient, figures)
@@ -139,6 +161,10 @@ class RunCallback(TrainerCallback):
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
+
+    def _set_threshold(self, state: Any) -> None:
+        if self.config.train_threshold and state.global_step >= self.config.train_threshold_start * state.max_steps:
+            set_threshold(self.ffns, self.config.train_threshold)
 
     def _record(self, state: Any, coefficient: float, figures: dict[str, Any]) -> None:
         assert self.trainer is not None
@@ -153,8 +179,12 @@ class RunCallback(TrainerCallback):
             self.bar.set_postfix(loss=f"{loss:.3f}", lam=f"{coefficient:.3g}", sparsity=f"{figures['sparsity']:.1%}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if isinstance(self.trainer.coefficients, SparsityController):
+                (folder / CONTROLLER).write_text(json.dumps(self.trainer.coefficients.state_dict()))
+            (folder / COMPLETE).touch()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -239,8 +269,9 @@ def training_arguments(config: TrainConfig, run: Path, bf16: bool) -> TrainingAr
         weight_decay=config.weight_decay,
         adam_beta2=config.adam_beta2,
         max_grad_norm=config.max_grad_norm,
-        bf16=bf16,
+        bf16=bf16 and os.environ.get("ACCELERATE_USE_FSDP", "false") == "true",  # else SparseTrainer casts itself
         logging_strategy="no",  # RunCallback logs
+        logging_nan_inf_filter=False,  # it waits for the GPU after every forward pass
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
         seed=config.seed,
@@ -305,18 +336,15 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
     if config.distill > 0:
         teacher = copy.deepcopy(model).eval().requires_grad_(False).to(torch.bfloat16 if bf16 else torch.float32)
     ffns = substitute_relu(model)
+    if config.init:
+        load_ffn_weights(ffns, Path(config.init))
     if is_main_process():
         substituted = evaluate(model, heldout, config.batch_size, bf16)
         assert dense is not None
         log.info("held-out perplexity: dense %.2f, with ReLU untrained %.2f", dense.perplexity, substituted.perplexity)
-    if config.trainable == "ffn":
-        model.requires_grad_(False)
-        for ffn in ffns:
-            for linear in (ffn.gate, ffn.up, ffn.down):
-                linear.requires_grad_(True)
-
-    penalty = ActivationPenalty(ffns)
-    callback = RunCallback(run, config, samples_per_step * config.seq_len)
+    choose_trainable(model, ffns, config)
+    penalty = ActivationPenalty(ffns, config.regularizer, config.count_tau)
+    callback = RunCallback(run, config, ffns, samples_per_step * config.seq_len)
     trainer = SparseTrainer(
         model=model,
         args=arguments,
@@ -325,8 +353,11 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
         penalty=penalty,
         teacher=teacher,
         config=config,
+        bf16=bf16,
     )
     callback.trainer = trainer
+    compiled = compile_layers(config, device, [model, teacher], ffns)
+    trainer.compiled = bool(compiled)
     if is_main_process() and arguments.world_size > 1:
         kind = trainer.accelerator.distributed_type.value
         log.info("%d processes: %s", arguments.world_size, kind)
@@ -335,6 +366,10 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
     with explain_full_disk(run):
         _run_trainer(trainer, callback, checkpoint, run)
         penalty.close()
+        for layer in compiled:
+            layer._compiled_call_impl = None
+        if config.trainable == "lora":
+            merge_adapters(model)
         _save_weights(trainer, run)
     if not is_main_process():
         return None
@@ -345,6 +380,46 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
     result = _finish(config, run, model, tokenizer, ffns, heldout, dense, substituted, bf16, samples_per_step, start)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return result
+
+
+def choose_trainable(model: Any, ffns: list[GatedFFN], config: TrainConfig) -> None:
+    """Freezes what is not trained; `lora` puts adapters on every matrix but the embedding and the head."""
+    if config.trainable == "ffn":
+        model.requires_grad_(False)
+        for ffn in ffns:
+            for linear in (ffn.gate, ffn.up, ffn.down):
+                linear.requires_grad_(True)
+    elif config.trainable == "lora":
+        from peft import LoraConfig, inject_adapter_in_model
+
+        model.requires_grad_(False)
+        head = model.get_output_embeddings()
+        names = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head]
+        adapters = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
+        inject_adapter_in_model(adapters, model)
+
+
+def merge_adapters(model: Any) -> None:
+    """Adds what `lora` learnt to the matrices and removes the adapters."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, module.get_base_layer())
+
+
+def compile_layers(config: TrainConfig, device: torch.device, models: list[Any], ffns: list[GatedFFN]) -> list[Any]:
+    """Compiles the decoder layers of the models, each kind of layer once; returns the layers, none if it is off."""
+    automatic = device.type == "cuda" and not config.gradient_checkpointing
+    if not (config.compile == "on" or (config.compile == "auto" and automatic)):
+        return []
+    names = [ffn.name.rpartition(".")[0] for ffn in ffns]
+    layers = [model.get_submodule(name) for model in models if model is not None for name in names]
+    for layer in layers:
+        layer.compile(dynamic=False)
+    return layers
 
 
 def _load_text(config: TrainConfig, tokenizer: Any, n_samples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -373,6 +448,8 @@ def _run_trainer(trainer: SparseTrainer, callback: RunCallback, checkpoint: Path
         callback.interrupted = True
         log.warning("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 
+    if checkpoint is not None and isinstance(trainer.coefficients, SparsityController):
+        trainer.coefficients.load_state_dict(json.loads((checkpoint / CONTROLLER).read_text()))
     previous = signal.signal(signal.SIGINT, on_interrupt)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -406,13 +483,14 @@ def _finish(
     start: float,
 ) -> Result:
     """Threshold, figures, config, tokenizer, plot and card; prosparse.json comes last: with it the run is finished."""
+    threshold = config.train_threshold
+    set_threshold(ffns, threshold)
     sparse = evaluate(model, heldout, config.batch_size, bf16)
-    threshold = 0.0
     if config.threshold == "search":
         threshold, sparse = search_threshold(
-            model, ffns, heldout, sparse, config.threshold_tolerance, config.batch_size, bf16
+            model, ffns, heldout, sparse, config.threshold_tolerance, config.batch_size, bf16, threshold
         )
-    elif config.threshold:
+    elif float(config.threshold) != threshold:
         threshold = float(config.threshold)
         set_threshold(ffns, threshold)
         sparse = evaluate(model, heldout, config.batch_size, bf16)

@@ -10,7 +10,7 @@ from typing import Any
 
 from prosparse_pipe.checkpoint import DEFAULT_BASE
 from prosparse_pipe.errors import ProsparseError
-from prosparse_pipe.schedule import PUBLISHED, StagedSchedule, from_fractions, preset
+from prosparse_pipe.schedule import PUBLISHED, SparsityController, StagedSchedule, from_fractions, preset
 
 
 class ConfigError(ProsparseError):
@@ -47,8 +47,22 @@ class TrainConfig:
     """Of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
-    schedule: str | list[list[float]] = "7b"
-    """Published schedule (7b, 13b, 1b), stretched to the run, or stages as [lambda, end as a share of the run]."""
+    init: str = ""
+    """Weights to start from: a run folder, or a GGUF of FFN weights (`export --ffn-only`); default those of model."""
+    regularizer: str = "l1"
+    """Penalty on activations: `l1` of x1, as published, or `count`, a smooth count of the active neurons."""
+    count_tau: float = 0.1
+    """Gate value that counts as half a neuron in regularizer count."""
+    target_sparsity: float = 0.0
+    """Sparsity at the end, 0 to 1, reached by steering lambda; 0: lambda follows the schedule."""
+    target_ramp: list[float] = dataclasses.field(default_factory=lambda: [0.12, 0.8])
+    """Shares of the run between which the sparsity rises to target_sparsity."""
+    train_threshold: float = 0.0
+    """FATReLU threshold in the training itself, from train_threshold_start on; the searched one is no less."""
+    train_threshold_start: float = 0.5
+    """Share of the run at which train_threshold begins."""
+    schedule: str | list[list[float]] = "prosparse"
+    """Published schedule (prosparse, which is 7b; 13b, 1b), stretched to the run, or stages as [lambda, end share]."""
     schedule_scale: float = 1.0
     """Factor on every lambda of the schedule."""
     ce_weight: float = 1.0
@@ -56,7 +70,9 @@ class TrainConfig:
     distill: float = 0.0
     """Weight of the KL divergence to the frozen dense model; 0: no dense model is kept."""
     trainable: str = "all"
-    """`all` weights, or `ffn`: only gate, up and down."""
+    """`all` weights; `ffn`: only gate, up and down; `lora`: adapters on all matrices, merged at the end."""
+    lora_rank: int = 16
+    """Rank of the adapters."""
     threshold: float | str = "search"
     """FATReLU threshold set at the end: a number, or `search`: the largest that costs threshold_tolerance."""
     threshold_tolerance: float = 0.01
@@ -67,6 +83,8 @@ class TrainConfig:
     """Tokens on which perplexity and sparsity are measured; never trained on."""
     bf16: str = "auto"
     """`on`, `off`, or `auto`: where the hardware multiplies bf16 natively."""
+    compile: str = "auto"
+    """Compile the decoder layers (torch.compile): `on`, `off`, or `auto`: on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, a third more time."""
     seed: int = 0
@@ -92,9 +110,24 @@ class TrainConfig:
             self._require(getattr(self, name) >= 1, f"{name} must be at least 1", f"it is {getattr(self, name)}")
         self._require(self.seq_len >= 2, "seq_len must be at least 2", "a block of one token has nothing to predict")
         self._require(self.lr > 0, "lr must be above 0", f"it is {self.lr}")
-        self._require(self.trainable in ("all", "ffn"), "trainable must be all or ffn", f"it is {self.trainable}")
-        self._require(self.layout in ("relu", "fatrelu"), "layout must be relu or fatrelu", f"it is {self.layout}")
-        self._require(self.bf16 in ("auto", "on", "off"), "bf16 must be auto, on or off", f"it is {self.bf16}")
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            self._require(value in known, f"{name} must be {', '.join(known[:-1])} or {known[-1]}", f"it is {value}")
+        self._require(0 <= self.target_sparsity < 1, "target_sparsity must be from 0 to 1", "e.g. 0.89")
+        ramp = self.target_ramp
+        self._require(
+            len(ramp) == 2 and 0 <= ramp[0] <= ramp[1] <= 1,
+            "target_ramp must be two shares of the run, the first the smaller",
+            "e.g. [0.12, 0.8]",
+        )
+        self._require(
+            not (self.compile == "on" and self.gradient_checkpointing),
+            "compile: on does not go with gradient_checkpointing",
+            "turn one of them off",
+        )
+        self._require(self.count_tau > 0, "count_tau must be above 0", f"it is {self.count_tau}")
+        self._require(self.train_threshold >= 0, "train_threshold must not be negative", "0 is plain ReLU")
+        self._require(self.lora_rank >= 1, "lora_rank must be at least 1", f"it is {self.lora_rank}")
         self._require(bool(self.data), "data is empty", "give at least one source of text")
         self._require(self.ce_weight >= 0 and self.distill >= 0, "ce_weight and distill must not be negative", "")
         self._require(self.ce_weight + self.distill > 0, "ce_weight and distill are both 0", "nothing would be learnt")
@@ -118,12 +151,25 @@ class TrainConfig:
         if not condition:
             raise ConfigError(message, hint)
 
+    def coefficients(self) -> StagedSchedule | SparsityController:
+        """What sets lambda in each step."""
+        if self.target_sparsity:
+            return SparsityController(self.target_sparsity, self.steps, *self.target_ramp)
+        return self.staged_schedule()
+
     def staged_schedule(self) -> StagedSchedule:
         if isinstance(self.schedule, str):
             return preset(self.schedule, self.steps, self.schedule_scale)
         return from_fractions([(c * self.schedule_scale, end) for c, end in self.schedule], self.steps)
 
 
+CHOICES = {
+    "trainable": ("all", "ffn", "lora"),
+    "layout": ("relu", "fatrelu"),
+    "bf16": ("auto", "on", "off"),
+    "compile": ("auto", "on", "off"),
+    "regularizer": ("l1", "count"),
+}
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 
@@ -180,6 +226,9 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         return value
     if kind is str:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else str(value)
+    if kind == list[float]:
+        items = value if isinstance(value, list | tuple) else [value]
+        return [_convert(name, item, float) for item in items]
     if typing.get_origin(kind) is list:
         return [str(item) for item in (value if isinstance(value, list | tuple) else [value])]
     if isinstance(kind, types.UnionType) and float in kind.__args__:  # threshold

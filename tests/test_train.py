@@ -257,7 +257,7 @@ def test_refusals(tmp_path, text):
         ({"threshold": "high"}, "threshold must be a number or `search`"),
         ({"schedule": "70b"}, "unknown schedule 70b"),
         ({"schedule": [[0, 1], [1, 0.5]]}, "do not end one after the other"),
-        ({"trainable": "some"}, "trainable must be all or ffn"),
+        ({"trainable": "some"}, "trainable must be all, ffn or lora"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
