@@ -1,7 +1,7 @@
 """Text in, blocks of tokens out: the same for training, held-out evaluation, profiles and predictors.
 
 A source is
-  - a file, a folder or a glob of .txt/.md, .jsonl/.json or .parquet files,
+  - a file, a folder or a glob of .txt/.md, .jsonl/.json, .parquet or .safetensors (token_file.py) files,
   - the name of a dataset on the hub (`user/name`, `user/name:split`), streamed,
   - `chitchat`: the conversations of the package chitchat-dataset (extra `demo`).
 
@@ -25,11 +25,12 @@ import torch
 from jinja2 import TemplateError
 
 from prosparse_pipe.errors import ProsparseError
+from prosparse_pipe.token_file import read_tokens
 
 HELDOUT_SHARE = 0.02
 DOCUMENT_CHARACTERS = 2000
 SHUFFLE_BUFFER = 10_000  # documents
-SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
+SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet", ".safetensors")
 
 
 class DataError(ProsparseError):
@@ -109,6 +110,12 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path} is not a readable parquet file: {error}", "download or write it again") from None
 
 
+def read_token_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Documents of a file of tokens, as `ids`."""
+    for ids in read_tokens(path):
+        yield {"ids": ids}
+
+
 def read_hub(name: str) -> Iterator[dict[str, Any]]:
     """Rows of a dataset on the hub, streamed; `user/name:split`, the split is `train` unless given."""
     from datasets import load_dataset
@@ -148,7 +155,14 @@ def read_source(source: str) -> Iterator[dict[str, Any]]:
             )
         yield from read_hub(source)
         return
-    readers = {".parquet": read_parquet, ".jsonl": read_jsonl, ".json": read_jsonl, ".txt": read_text, ".md": read_text}
+    readers = {
+        ".parquet": read_parquet,
+        ".safetensors": read_token_rows,
+        ".jsonl": read_jsonl,
+        ".json": read_jsonl,
+        ".txt": read_text,
+        ".md": read_text,
+    }
     for path in files:
         reader = readers.get(path.suffix)
         if reader is None:
@@ -208,8 +222,8 @@ def interleave(sources: list[Iterator[Any]]) -> Iterator[Any]:
         sources = left
 
 
-def read_documents(tokenizer: Any, sources: Iterable[str], split: str, seed: int) -> Iterator[str]:
-    """Distinct documents of the sources, shuffled within a buffer of SHUFFLE_BUFFER.
+def read_documents(tokenizer: Any, sources: Iterable[str], split: str, seed: int) -> Iterator[str | np.ndarray]:
+    """Distinct documents of the sources, as text or as tokens, shuffled within a buffer of SHUFFLE_BUFFER.
 
     Args:
         split: "train" or "heldout", which takes 2 % of the documents by their hash.
@@ -217,11 +231,16 @@ def read_documents(tokenizer: Any, sources: Iterable[str], split: str, seed: int
     """
     order = random.Random(seed)
     seen: set[bytes] = set()
-    buffer: list[str] = []
+    buffer: list[str | np.ndarray] = []
+    document: str | np.ndarray
     for row in interleave([read_source(source) for source in sources]):
-        document = render(row, tokenizer)
-        digest = hashlib.blake2b(document.encode(), digest_size=16).digest()
-        if not document.strip() or digest in seen or is_heldout(digest) != (split == "heldout"):
+        if isinstance(row, dict) and isinstance(row.get("ids"), np.ndarray):
+            document, content, blank = row["ids"], row["ids"].astype(np.int32).tobytes(), not row["ids"].size
+        else:
+            document = render(row, tokenizer)
+            content, blank = document.encode(), not document.strip()
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        if blank or digest in seen or is_heldout(digest) != (split == "heldout"):
             continue
         seen.add(digest)
         if len(buffer) < SHUFFLE_BUFFER:
@@ -261,24 +280,30 @@ def token_blocks(
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be train or heldout, not {split}")
     sources = list(sources)
-    pending: list[int] = []
     first = tokenizer("a")["input_ids"][:1]
     bos = first if first == [tokenizer.bos_token_id] else []  # models that were trained with it need it
-    n_blocks = n_tokens = 0
+    eos = [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0]
+    pending: list[np.ndarray] = []
+    n_pending = n_blocks = 0
     for document in read_documents(tokenizer, sources, split, seed):
-        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        pending += ids if ids[:1] == bos else bos + ids
-        pending.append(tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0)
-        while len(pending) >= seq_len:
-            yield np.array(pending[:seq_len], np.int64)
-            del pending[:seq_len]
+        if isinstance(document, str):
+            document = np.array(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+        start = [] if list(document[:1]) == bos else bos
+        pending += [np.array(start, np.int64), document.astype(np.int64), np.array(eos, np.int64)]
+        n_pending += len(start) + len(document) + 1
+        if n_pending < seq_len:
+            continue
+        tokens = np.concatenate(pending)
+        for i in range(0, len(tokens) - seq_len + 1, seq_len):
+            yield tokens[i : i + seq_len]
             n_blocks += 1
-            n_tokens += seq_len
-            if limit_tokens is not None and n_tokens >= limit_tokens:
+            if limit_tokens is not None and n_blocks * seq_len >= limit_tokens:
                 return
+        n_pending %= seq_len
+        pending = [tokens[len(tokens) - n_pending :]]
     if n_blocks == 0:
         raise DataError(
-            f"{', '.join(sources)}: the {split} text has {len(pending)} tokens, fewer than one block of {seq_len}",
+            f"{', '.join(sources)}: the {split} text has {n_pending} tokens, fewer than one block of {seq_len}",
             "give more text (2 % of the documents are held out), or a smaller --seq-len",
         )
 
