@@ -22,6 +22,7 @@ class LazyGroup(click.Group):
         "export": "prosparse_pipe.commands.export",
         "chat": "prosparse_pipe.commands.chat",
         "bench": "prosparse_pipe.commands.bench",
+        "eval": "prosparse_pipe.commands.eval",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -45,6 +46,7 @@ def cli() -> None:
     export     GGUF that every llama.cpp runs, neurons sorted hot to cold
     chat       talk to a model through the sparse backend
     bench      sparse beside stock llama.cpp on the same file
+    eval       perplexity, sparsity and accuracy, beside the dense model
     """
 
 
@@ -96,4 +98,4 @@ def _run() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-_TRAIN_MODULES = {"torch", "transformers", "accelerate", "datasets", "matplotlib", "safetensors", "yaml"}
+_TRAIN_MODULES = {"torch", "transformers", "accelerate", "datasets", "pyarrow", "matplotlib", "safetensors", "yaml"}

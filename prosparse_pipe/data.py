@@ -78,28 +78,34 @@ def read_text(path: Path, characters: int = DOCUMENT_CHARACTERS) -> Iterator[dic
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a jsonl file, or of a json file that holds one list."""
+    if path.suffix != ".json":
+        yield from (row for _, row in read_numbered_jsonl(path))
+        return
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON: {error}", "repair the file") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path} does not hold a list of rows", "give a list, or one JSON object a line (.jsonl)")
+    yield from rows
+
+
+def read_numbered_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, row) of a jsonl file, lines counted from 1; empty ones are passed over.
+
+    Raises:
+        DataError: a line is not JSON.
+    """
     with open(path, encoding="utf-8", errors="replace") as file:
-        if path.suffix == ".json":
-            try:
-                rows = json.load(file)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path} is not valid JSON: {error}", "repair the file") from None
-            if not isinstance(rows, list):
-                raise DataError(
-                    f"{path} does not hold a list of rows", "give a list, or one JSON object a line (.jsonl)"
-                )
-            yield from rows
-            return
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                yield number, json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{path}, line {number} is not valid JSON: {error.msg}", "repair or remove it"
                 ) from None
-            yield row
 
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
