@@ -1,5 +1,6 @@
 """A checkpoint as `prosparse-pipe eval` scores it, in torch: the other kind of `scoring.Scorer` beside `GGUFScorer`."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class CheckpointScorer:
             self._model.to(device).eval()
         self._device = device
         self.n_vocab = self._model.get_output_embeddings().weight.shape[0]
-        self.n_ctx_train = int(self._model.config.max_position_embeddings)
+        self.n_ctx_train = getattr(self._model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
 
     def logits(self, ids: np.ndarray, start: int = 0) -> Iterator[np.ndarray]:
         with torch.inference_mode():
