@@ -116,7 +116,10 @@ class SparseModel:
         is_dense = ctypes.c_bool(False)
         self.handle = self.library.prosparse_model_open(os.fsencode(path), error, len(error), ctypes.byref(is_dense))
         if not self.handle:
-            raise NotSparseError(error.value.decode()) if is_dense.value else GGUFError(error.value.decode())
+            message = error.value.decode()
+            if is_dense.value:
+                raise NotSparseError(message)
+            raise GGUFError(message, "export it again, or restore the file")
 
     @property
     def buffer_type(self) -> int:

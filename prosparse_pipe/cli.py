@@ -16,12 +16,15 @@ class LazyGroup(click.Group):
     """A click group that imports a command's module only when that command (or the help) needs it."""
 
     commands_by_name: ClassVar[dict[str, str]] = {
+        "generate-data": "prosparse_pipe.commands.generate_data",
+        "tokenize": "prosparse_pipe.commands.tokenize",
         "train": "prosparse_pipe.commands.train",
         "profile": "prosparse_pipe.commands.profile",
         "predictor": "prosparse_pipe.commands.predictor",
         "export": "prosparse_pipe.commands.export",
         "chat": "prosparse_pipe.commands.chat",
         "bench": "prosparse_pipe.commands.bench",
+        "eval": "prosparse_pipe.commands.eval",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -39,12 +42,15 @@ def cli() -> None:
     """Make language models sparse (ProSparse) and run them fast in stock llama.cpp.
 
     \b
+    generate-data  text that the dense model writes, to distill on
+    tokenize   text as files of tokens
     train      dense checkpoint -> ReLU-sparse checkpoint
     profile    activation rate of every neuron
     predictor  low-rank activation predictors
     export     GGUF that every llama.cpp runs, neurons sorted hot to cold
     chat       talk to a model through the sparse backend
     bench      sparse beside stock llama.cpp on the same file
+    eval       perplexity, sparsity and accuracy, beside the dense model
     """
 
 
@@ -96,4 +102,4 @@ def _run() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-_TRAIN_MODULES = {"torch", "transformers", "accelerate", "datasets", "matplotlib", "safetensors", "yaml"}
+_TRAIN_MODULES = {"torch", "transformers", "accelerate", "datasets", "pyarrow", "matplotlib", "safetensors", "yaml"}

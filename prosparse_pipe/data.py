@@ -8,6 +8,8 @@ A source is
 A row of jsonl, parquet or a hub dataset is a document: `text`, or a chat in one of the usual forms (`messages` with
 role and content; `conversations` with from and value, as in ShareGPT; `instruction`, `input`, `output`, as in Alpaca),
 which the tokenizer's chat template renders. Plain text is cut at blank lines into documents of about 2,000 characters.
+
+A tokenizer is one of transformers, or of a GGUF (`scoring.GGUFTokenizer`); nothing here needs torch.
 """
 
 import dataclasses
@@ -18,17 +20,20 @@ import json
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from jinja2 import TemplateError
 
 from prosparse_pipe.errors import ProsparseError
 from prosparse_pipe.token_file import read_tokens
 
+if TYPE_CHECKING:
+    import torch
+
 HELDOUT_SHARE = 0.02
 DOCUMENT_CHARACTERS = 2000
+WHOLE_CHARACTERS = 1 << 20  # of a document of plain text where text is not split: a file, unless it is very long
 SHUFFLE_BUFFER = 10_000  # documents
 SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet", ".safetensors")
 
@@ -55,13 +60,13 @@ def read_chitchat() -> Iterator[dict[str, Any]]:
             yield {"messages": [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]}
 
 
-def read_text(path: Path) -> Iterator[dict[str, Any]]:
-    """Documents of a plain text file, cut after DOCUMENT_CHARACTERS at a blank line, or at any if none comes."""
+def read_text(path: Path, characters: int = DOCUMENT_CHARACTERS) -> Iterator[dict[str, Any]]:
+    """Documents of a plain text file, cut after so many characters at a blank line, or at any if none comes."""
     lines: list[str] = []
     size = 0
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            enough = size >= DOCUMENT_CHARACTERS * (1 if not line.strip() else 2)  # text without blank lines
+            enough = size >= characters * (1 if not line.strip() else 2)  # text without blank lines
             if enough:
                 yield {"text": "\n".join(lines).strip("\n")}
                 lines, size = [], 0
@@ -74,28 +79,34 @@ def read_text(path: Path) -> Iterator[dict[str, Any]]:
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a jsonl file, or of a json file that holds one list."""
+    if path.suffix != ".json":
+        yield from (row for _, row in read_numbered_jsonl(path))
+        return
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON: {error}", "repair the file") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path} does not hold a list of rows", "give a list, or one JSON object a line (.jsonl)")
+    yield from rows
+
+
+def read_numbered_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, row) of a jsonl file, lines counted from 1; empty ones are passed over.
+
+    Raises:
+        DataError: a line is not JSON.
+    """
     with open(path, encoding="utf-8", errors="replace") as file:
-        if path.suffix == ".json":
-            try:
-                rows = json.load(file)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path} is not valid JSON: {error}", "repair the file") from None
-            if not isinstance(rows, list):
-                raise DataError(
-                    f"{path} does not hold a list of rows", "give a list, or one JSON object a line (.jsonl)"
-                )
-            yield from rows
-            return
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                yield number, json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{path}, line {number} is not valid JSON: {error.msg}", "repair or remove it"
                 ) from None
-            yield row
 
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
@@ -137,39 +148,46 @@ def find_files(source: str) -> list[Path]:
     return [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
 
 
-def read_source(source: str) -> Iterator[dict[str, Any]]:
-    """Rows of one source, in its own order.
+def locate_source(source: str) -> list[Path]:
+    """The files of a source; none for `chitchat` and what may be a dataset on the hub.
+
+    Raises:
+        DataError: it does not exist, or a file has an unknown format.
+    """
+    if source == "chitchat":
+        return []
+    files = find_files(source)
+    is_path = source.startswith((".", "/", "~")) or Path(source).suffix in SUFFIXES or "*" in source
+    if not files and (is_path or source.count("/") != 1):
+        raise DataError(f"data {source} does not exist", "give a file, a folder, a glob, `chitchat` or user/dataset")
+    for path in files:
+        if path.suffix not in SUFFIXES:
+            raise DataError(
+                f"{path} has the unknown format {path.suffix or 'without suffix'}", f"known: {', '.join(SUFFIXES)}"
+            )
+    return files
+
+
+def read_source(source: str, characters: int = DOCUMENT_CHARACTERS) -> Iterator[dict[str, Any]]:
+    """Rows of one source, in its own order; plain text in documents of about so many characters.
 
     Raises:
         DataError: it does not exist, has an unknown format, or cannot be read.
     """
+    files = locate_source(source)
     if source == "chitchat":
         yield from read_chitchat()
-        return
-    files = find_files(source)
-    if not files:
-        is_path = source.startswith((".", "/", "~")) or Path(source).suffix in SUFFIXES or "*" in source
-        if is_path or source.count("/") != 1:
-            raise DataError(
-                f"data {source} does not exist", "give a file, a folder, a glob, `chitchat` or user/dataset"
-            )
+    elif not files:
         yield from read_hub(source)
-        return
-    readers = {
-        ".parquet": read_parquet,
-        ".safetensors": read_token_rows,
-        ".jsonl": read_jsonl,
-        ".json": read_jsonl,
-        ".txt": read_text,
-        ".md": read_text,
-    }
     for path in files:
-        reader = readers.get(path.suffix)
-        if reader is None:
-            raise DataError(
-                f"{path} has the unknown format {path.suffix or 'without suffix'}", f"known: {', '.join(SUFFIXES)}"
-            )
-        yield from reader(path)
+        if path.suffix == ".parquet":
+            yield from read_parquet(path)
+        elif path.suffix == ".safetensors":
+            yield from read_token_rows(path)
+        elif path.suffix in (".jsonl", ".json"):
+            yield from read_jsonl(path)
+        else:
+            yield from read_text(path, characters)
 
 
 def render(row: Any, tokenizer: Any) -> str:
@@ -222,25 +240,37 @@ def interleave(sources: list[Iterator[Any]]) -> Iterator[Any]:
         sources = left
 
 
+def document_of(row: Any, tokenizer: Any) -> tuple[str | np.ndarray, bytes]:
+    """The document of a row, text or tokens, and its content as bytes; no bytes: blank.
+
+    Raises:
+        DataError: see `render`.
+    """
+    if isinstance(row, dict) and isinstance(row.get("ids"), np.ndarray):
+        return row["ids"], row["ids"].astype(np.int32).tobytes()
+    document = render(row, tokenizer)
+    return document, document.encode() if document.strip() else b""
+
+
 def read_documents(tokenizer: Any, sources: Iterable[str], split: str, seed: int) -> Iterator[str | np.ndarray]:
-    """Distinct documents of the sources, as text or as tokens, shuffled within a buffer of SHUFFLE_BUFFER.
+    """Distinct documents of the sources, shuffled within a buffer of SHUFFLE_BUFFER; or all as they come.
 
     Args:
-        split: "train" or "heldout", which takes 2 % of the documents by their hash.
+        split: "train" or "heldout", which takes 2 % of the documents by their hash; "all" takes every document in the
+            order of the sources, repeated ones too, and plain text in documents of WHOLE_CHARACTERS.
         seed: of the shuffle; the order depends on nothing else.
     """
+    if split == "all":
+        rows = interleave([read_source(source, WHOLE_CHARACTERS) for source in sources])
+        yield from (document for document, content in (document_of(row, tokenizer) for row in rows) if content)
+        return
     order = random.Random(seed)
     seen: set[bytes] = set()
     buffer: list[str | np.ndarray] = []
-    document: str | np.ndarray
     for row in interleave([read_source(source) for source in sources]):
-        if isinstance(row, dict) and isinstance(row.get("ids"), np.ndarray):
-            document, content, blank = row["ids"], row["ids"].astype(np.int32).tobytes(), not row["ids"].size
-        else:
-            document = render(row, tokenizer)
-            content, blank = document.encode(), not document.strip()
+        document, content = document_of(row, tokenizer)
         digest = hashlib.blake2b(content, digest_size=16).digest()
-        if blank or digest in seen or is_heldout(digest) != (split == "heldout"):
+        if not content or digest in seen or is_heldout(digest) != (split == "heldout"):
             continue
         seen.add(digest)
         if len(buffer) < SHUFFLE_BUFFER:
@@ -256,6 +286,12 @@ def read_documents(tokenizer: Any, sources: Iterable[str], split: str, seed: int
 # ---- tokens
 
 
+def leading_bos(tokenizer: Any) -> list[int]:
+    """[BOS] if the tokenizer puts it in front of text, else []: models that were trained with it need it."""
+    first = list(tokenizer("a")["input_ids"][:1])
+    return first if first == [tokenizer.bos_token_id] else []
+
+
 def token_blocks(
     tokenizer: Any,
     sources: Iterable[str],
@@ -264,12 +300,16 @@ def token_blocks(
     split: str = "train",
     limit_tokens: int | None = None,
     seed: int = 0,
+    bos_each_block: bool = False,
+    size_option: str = "--seq-len",
 ) -> Iterator[np.ndarray]:
     """Documents packed into blocks, each after BOS (if the tokenizer adds one) and followed by EOS.
 
     Args:
-        split: "train" or "heldout".
+        split: "train", "heldout" or "all", see `read_documents`.
         limit_tokens: stop after the block that reaches it; None: all.
+        bos_each_block: a block that goes on with a document starts with BOS too (if the tokenizer adds one).
+        size_option: the option that sets seq_len, for the hint of an error.
 
     Yields:
         int64 (seq_len,). What does not fill a last block is dropped.
@@ -277,11 +317,10 @@ def token_blocks(
     Raises:
         DataError: a source is missing or unreadable, or there is not enough text for one block.
     """
-    if split not in ("train", "heldout"):
-        raise ValueError(f"split must be train or heldout, not {split}")
+    if split not in ("train", "heldout", "all"):
+        raise ValueError(f"split must be train, heldout or all, not {split}")
     sources = list(sources)
-    first = tokenizer("a")["input_ids"][:1]
-    bos = first if first == [tokenizer.bos_token_id] else []  # models that were trained with it need it
+    bos = leading_bos(tokenizer)
     eos = [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0]
     pending: list[np.ndarray] = []
     n_pending = n_blocks = 0
@@ -294,17 +333,21 @@ def token_blocks(
         if n_pending < seq_len:
             continue
         tokens = np.concatenate(pending)
-        for i in range(0, len(tokens) - seq_len + 1, seq_len):
-            yield tokens[i : i + seq_len]
+        while len(tokens) >= seq_len:
+            yield tokens[:seq_len].copy()
+            tokens = tokens[seq_len:]
+            if bos_each_block and bos and len(tokens) and tokens[0] != bos[0]:
+                tokens = np.concatenate([bos, tokens])
             n_blocks += 1
             if limit_tokens is not None and n_blocks * seq_len >= limit_tokens:
                 return
-        n_pending %= seq_len
-        pending = [tokens[len(tokens) - n_pending :]]
+        pending, n_pending = [tokens], len(tokens)
     if n_blocks == 0:
         raise DataError(
-            f"{', '.join(sources)}: the {split} text has {n_pending} tokens, fewer than one block of {seq_len}",
-            "give more text (2 % of the documents are held out), or a smaller --seq-len",
+            f"{', '.join(sources)}: {'the' if split == 'all' else f'the {split}'} text has {n_pending} tokens, "
+            f"fewer than one block of {seq_len}",
+            f"give more text{'' if split == 'all' else ' (2 % of the documents are held out)'}, "
+            f"or a smaller {size_option}",
         )
 
 
@@ -326,7 +369,9 @@ class PackedBlocks:
     def __len__(self) -> int:
         return self.n_samples
 
-    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, sample: int) -> "dict[str, torch.Tensor]":
+        import torch  # here, so that text can be read without it
+
         epoch, place = divmod(sample, len(self.blocks))
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.blocks)))

@@ -19,6 +19,8 @@ from prosparse_pipe.checkpoint import SparseInfo
 from prosparse_pipe.convert.vocab import restore_pre_tokenizer
 from prosparse_pipe.errors import CheckpointError, UnsupportedModelError
 
+RELU_NAMES = ("relu", "fatrelu")  # of the activation in config.json
+
 
 class FATReLU(nn.Module):
     """x where x >= threshold and x > 0, else 0. With threshold 0 this is ReLU.
@@ -144,6 +146,25 @@ def load_model(path: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
     return model, tokenizer
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        return dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}/config.json cannot be read: {error}", "train again, or restore the file"
+        ) from None
+
+
+def config_activation(config: dict[str, Any]) -> str | None:
+    """The FFN's activation as a config names it: silu, relu, fatrelu, ..."""
+    return config.get("hidden_activation") or config.get("hidden_act")
+
+
 def load_sparse_model(
     run: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[Any, Any, SparseInfo]:
@@ -155,14 +176,9 @@ def load_sparse_model(
         UnsupportedModelError: the checkpoint is not a ReLU model.
         CheckpointError: it is damaged.
     """
-    try:
-        config = json.loads((run / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{run}/config.json cannot be read: {error}", "train again, or restore the file"
-        ) from None
-    activation = config.get("hidden_activation") or config.get("hidden_act")
-    if activation not in ("relu", "fatrelu"):
+    config = read_config(run)
+    activation = config_activation(config)
+    if activation not in RELU_NAMES:
         raise UnsupportedModelError(
             f"{run} is not a ReLU model (hidden_act is {activation})", "make it one with `prosparse-pipe train` first"
         )

@@ -59,11 +59,12 @@ def read_tokens(path: Path) -> Iterator[np.ndarray]:
 
 
 def tokenize(
-    tokenizer: Any, sources: list[str], out: Path, limit: int | None, file_tokens: int, seed: int
+    tokenizer: Any, sources: list[str], split: str, out: Path, limit: int | None, file_tokens: int, seed: int
 ) -> Iterator[tuple[Path, int]]:
     """Writes the documents of `sources` (data.py), shuffled, to out/00000.safetensors and so on.
 
     Args:
+        split: "train", "heldout" or "all", see data.py.
         limit: tokens in all; None: no limit.
         file_tokens: a file is closed when it has as many.
 
@@ -73,9 +74,9 @@ def tokenize(
     Raises:
         ProsparseError: a source is missing or unreadable, there is no text, or the disk is full.
     """
-    from prosparse_pipe.data import read_all_documents
+    from prosparse_pipe.data import read_documents
 
-    documents = read_all_documents(tokenizer, sources, seed)
+    documents = read_documents(tokenizer, sources, split, seed)
     left = limit
     for number in itertools.count():
         kept: list[np.ndarray] = []

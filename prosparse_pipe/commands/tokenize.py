@@ -9,15 +9,20 @@ import click
 @click.argument("model", default="smollm2-135m-instruct")
 @click.option("-d", "--data", multiple=True, required=True, help="Text, as for `train`; repeatable.")
 @click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of files.")
+@click.option(
+    "--split", type=click.Choice(["train", "heldout", "all"]), default="train", show_default=True, help="Part of it."
+)
 @click.option("-n", "--tokens", type=click.IntRange(1), help="Stop after that many.  [default: all]")
 @click.option(
     "--file-tokens", type=click.IntRange(1), default=30_000_000, show_default=True, help="Tokens of a file, about."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the shuffle.")
-def command(model: str, data: tuple[str, ...], out: Path, tokens: int | None, file_tokens: int, seed: int) -> None:
+def command(
+    model: str, data: tuple[str, ...], out: Path, split: str, tokens: int | None, file_tokens: int, seed: int
+) -> None:
     """Write text as tokens of MODEL (folder, hub name or .gguf), shuffled, so that training elsewhere starts at once.
 
-    Training, held-out and all other commands take the files like text: the same documents are held out.
+    Every command that takes text takes the files. What --split leaves out is in none of them.
 
     \b
     prosparse-pipe tokenize --data books.txt --data chats.jsonl --out data/tokens
@@ -32,5 +37,5 @@ def command(model: str, data: tuple[str, ...], out: Path, tokens: int | None, fi
     is_gguf = path.suffix == ".gguf"
     files = {"gguf_file": path.name} if is_gguf else {}
     tokenizer = AutoTokenizer.from_pretrained(path.parent if is_gguf else str(path), **files)
-    for written, n in tokenize(tokenizer, list(data), out, tokens, file_tokens, seed):
+    for written, n in tokenize(tokenizer, list(data), split, out, tokens, file_tokens, seed):
         click.echo(f"{written}  {n:,} tokens")
