@@ -158,8 +158,8 @@ def sample(
 def _start(tokenizer: Any, kind: str) -> np.ndarray:
     """Tokens that a `free` or `chat` row starts with, int64 (n,)."""
     if kind == "free":
-        end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-        if end is None or end == tokenizer.unk_token_id:
+        end = tokenizer.get_vocab().get("<|endoftext|>")
+        if end is None:
             end = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         return np.array([end], np.int64)
     if not tokenizer.chat_template:
