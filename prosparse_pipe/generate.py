@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.cache_utils import Cache, DynamicLayer
 
 from prosparse_pipe.data import read_documents
 from prosparse_pipe.errors import ProsparseError
@@ -78,7 +79,6 @@ def generate_data(
     config: GenerateConfig,
     out: Path,
     progress: Callable[[int, int], None] | None = None,
-    bf16: bool = False,
 ) -> list[Path]:
     """Writes files of tokens (see token_file.py) into `out`; files that are there are kept, so a killed run goes on.
 
@@ -110,7 +110,7 @@ def generate_data(
             if progress is not None:
                 progress(done + column * config.batch_size, total)
 
-        rows = sample(model, start, config.length, config.temperature, config.seed + i, report, bf16)
+        rows = sample(model, start, config.length, config.temperature, config.seed + i, report)
         write_tokens(path, list(rows), model.config.vocab_size)
     return files
 
@@ -123,7 +123,6 @@ def sample(
     temperature: float,
     seed: int,
     report: Callable[[int], None] | None = None,
-    bf16: bool = False,
 ) -> np.ndarray:
     """Continues rows by sampling from softmax(logits / temperature).
 
@@ -139,20 +138,41 @@ def sample(
     rows = torch.empty((len(start), length), dtype=torch.int64, device=device)
     n = start.shape[1]
     rows[:, :n] = torch.from_numpy(start.astype(np.int64)).to(device)
-    cache, given = None, rows[:, :n]
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        for column in range(n, length):
-            output = model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, logits = output.past_key_values, output.logits[:, -1]
-            given = rows[:, column : column + 1]
-            for i in range(0, len(rows), _ROWS_SAMPLED):
-                part = slice(i, i + _ROWS_SAMPLED)
-                p = torch.softmax(logits[part].float() / temperature, -1)
-                noise = torch.empty_like(p).exponential_(generator=generator)  # argmax p / Exp(1) is a sample of p
-                given[part, 0] = (p / noise).argmax(-1)
-            if report is not None:
-                report(column + 1)
+    cache = Cache(layer_class_to_replicate=type("Layer", (PreallocatedLayer,), {"length": length}))
+    given = rows[:, :n]
+    for column in range(n, length):
+        logits = model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        given = rows[:, column : column + 1]
+        for i in range(0, len(rows), _ROWS_SAMPLED):
+            part = slice(i, i + _ROWS_SAMPLED)
+            p = torch.softmax(logits[part].float() / temperature, -1)
+            noise = torch.empty_like(p).exponential_(generator=generator)  # argmax p / Exp(1) is a sample of p
+            given[part, 0] = (p / noise).argmax(-1)
+        if report is not None:
+            report(column + 1)
     return rows.cpu().numpy()
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of a layer in memory that is taken once: the default cache copies itself at every token."""
+
+    length: int
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        shape = (*key_states.shape[:2], self.length, key_states.shape[-1])
+        self._keys, self._values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start = self.get_seq_length()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = start + key_states.shape[-2]
+        self._keys[:, :, start:end], self._values[:, :, start:end] = key_states, value_states
+        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
+        return self.keys, self.values
 
 
 def _start(tokenizer: Any, kind: str) -> np.ndarray:

@@ -66,7 +66,8 @@ def command(
 
     config = GenerateConfig(tokens, length, batch_size, temp, starts, list(seed_data), seed_tokens, seed)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dense, tokenizer = load_model(resolve_base_model(model))
+    dtype = torch.bfloat16 if choose_bf16("auto")[0] else torch.float32
+    dense, tokenizer = load_model(resolve_base_model(model), dtype)
     dense.to(device).eval()
     columns = (TextColumn("writing {task.completed:,.0f} tokens"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
@@ -77,6 +78,5 @@ def command(
             config,
             out,
             lambda done, total: bar.update(task, completed=done, total=total),
-            bf16=choose_bf16("auto")[0],
         )
     click.echo(f"{out}  {len(files)} files, {len(files) * batch_size * length:,} tokens")
