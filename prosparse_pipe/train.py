@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -155,6 +156,10 @@ class RunCallback(TrainerCallback):
         self._set_threshold(state)
         if state.global_step % self.config.log_steps == 0 or state.global_step == state.max_steps:
             figures = self.trainer.take_figures()
+            if not math.isfinite(figures["ce"] + figures["kl"] + figures["penalty"]):
+                raise ProsparseError(
+                    f"the loss is not a number any more at step {state.global_step}", "lower --lr or the penalty"
+                )
             if state.is_world_process_zero:
                 self._record(state, coefficient, figures)
             self.trainer.log({"lambda": coefficient, **{k: v for k, v in figures.items() if isinstance(v, float)}})
