@@ -102,6 +102,7 @@ class SparsityController:
 
     INTEGRAL = 300.0  # change of log lambda over a whole run, per unit of error
     FASTEST = 30.0  # its bound, over a whole run
+    FASTEST_STEP = 0.1  # and in a step, for short runs
     PROPORTIONAL = 10.0
     MOST_PROPORTIONAL = 0.7
     SMOOTHING = 0.7
@@ -131,7 +132,8 @@ class SparsityController:
             self.origin = self.smoothed
         rise = half_sine((progress - self.start) / (self.end - self.start)) if self.end > self.start else 1.0
         error = self.origin + rise * (self.target - self.origin) - self.smoothed
-        move = max(-self.FASTEST, min(self.FASTEST, self.INTEGRAL * error)) / self.total_steps
+        bound = min(self.FASTEST / self.total_steps, self.FASTEST_STEP)
+        move = max(-bound, min(bound, self.INTEGRAL / self.total_steps * error))
         self.integral = max(self.BOUNDS[0], min(self.BOUNDS[1], self.integral + move))
         proportional = max(-self.MOST_PROPORTIONAL, min(self.MOST_PROPORTIONAL, self.PROPORTIONAL * error))
         self.coefficient = math.exp(self.integral + proportional)
