@@ -102,4 +102,4 @@ def _run() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-_TRAIN_MODULES = {"torch", "transformers", "accelerate", "datasets", "pyarrow", "matplotlib", "safetensors", "yaml"}
+_TRAIN_MODULES = {"torch", "transformers", "accelerate", "datasets", "pyarrow", "matplotlib", "peft", "safetensors", "yaml"}
