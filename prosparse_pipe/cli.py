@@ -102,4 +102,14 @@ def _run() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-_TRAIN_MODULES = {"torch", "transformers", "accelerate", "datasets", "pyarrow", "matplotlib", "peft", "safetensors", "yaml"}
+_TRAIN_MODULES = {
+    "accelerate",
+    "datasets",
+    "matplotlib",
+    "peft",
+    "pyarrow",
+    "safetensors",
+    "torch",
+    "transformers",
+    "yaml",
+}

@@ -107,7 +107,7 @@ class SparsityController:
     MOST_PROPORTIONAL = 0.7
     SMOOTHING = 0.7
     FIRST = math.log(1e-2)
-    BOUNDS = (-12.0, 6.0)
+    BOUNDS = (-7.0, 6.0)
 
     def __init__(self, target: float, total_steps: int, start: float, end: float) -> None:
         self.target, self.total_steps, self.start, self.end = target, total_steps, start, end

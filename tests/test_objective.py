@@ -8,7 +8,7 @@ from export_models import BASE
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prosparse_pipe.objective import ActivationPenalty, token_loss
+from prosparse_pipe.objective import ActivationPenalty, count_penalty, token_loss
 from prosparse_pipe.relu import substitute_relu
 
 
@@ -41,15 +41,19 @@ def test_token_loss_is_cross_entropy_and_kl(chunk, ce_weight, distill):
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-7)
 
 
-def explicit_penalty(model, ffns, ids):
-    """Sum over layers of mean |relu(gate) * up| from the layers' own inputs, in plain autograd."""
+def explicit_l1(ffn, x):
+    return (torch.relu(ffn.gate_proj(x)) * ffn.up_proj(x)).abs().mean()
+
+
+def explicit_count(ffn, x):
+    gate = torch.relu(ffn.gate_proj(x))
+    return (1 - 0.05 / (gate + 0.05)).mean()
+
+
+def explicit_penalty(model, ffns, ids, of_layer):
+    """Sum over layers of `of_layer` from the layers' own inputs, in plain autograd."""
     found = []
-    handles = [
-        ffn.module.register_forward_pre_hook(
-            lambda m, args: found.append((torch.relu(m.gate_proj(args[0])) * m.up_proj(args[0])).abs().mean())
-        )
-        for ffn in ffns
-    ]
+    handles = [ffn.module.register_forward_pre_hook(lambda m, args: found.append(of_layer(m, args[0]))) for ffn in ffns]
     model(input_ids=ids, use_cache=False)
     for handle in handles:
         handle.remove()
@@ -58,27 +62,37 @@ def explicit_penalty(model, ffns, ids):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_penalty_and_its_gradient(checkpointing, family):
+@pytest.mark.parametrize(("regularizer", "of_layer"), [("l1", explicit_l1), ("count", explicit_count)])
+def test_penalty_and_its_gradient(checkpointing, family, regularizer, of_layer):
     model, ffns = tiny_model(family)
     reference = copy.deepcopy(model)
     ids = torch.randint(0, 300, (3, 16))
-    explicit_penalty(reference, substitute_relu(reference), ids).backward()
+    expected_penalty = explicit_penalty(reference, substitute_relu(reference), ids, of_layer)
+    expected_penalty.backward()
 
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    penalty = ActivationPenalty(ffns)
+    penalty = ActivationPenalty(ffns, regularizer, 0.05)
     with penalty.collect():
         logits = model(input_ids=ids, use_cache=False).logits
-    l1, rates = penalty.take()
-    (l1 + 0.0 * logits.sum()).backward()
+    value, rates = penalty.take()
+    assert value.item() == pytest.approx(expected_penalty.item(), rel=1e-5)
+    (value + 0.0 * logits.sum()).backward()
     assert rates.shape == (2,)
     assert all(0 < rate < 1 for rate in rates)
     for (name, expected), actual in zip(reference.named_parameters(), model.parameters(), strict=True):
-        if "mlp" in name and "down" not in name:
+        if "gate" in name or ("up_proj" in name and regularizer == "l1"):
             assert expected.grad.abs().max() > 0
             torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-5, atol=1e-9)
     penalty.close()
+
+
+def test_the_count_is_of_neurons_not_of_their_size():
+    r = torch.tensor([[0.0, 0.1, 10.0, 1000.0]])
+    assert count_penalty(r, 0.1).item() == pytest.approx((0.5 + 10 / 10.1 + 1000 / 1000.1) / 4)
+    with pytest.raises(ValueError, match="l1 or count"):
+        ActivationPenalty([], "l2")
 
 
 def test_rates_are_the_share_of_non_zeros():

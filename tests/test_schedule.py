@@ -1,14 +1,24 @@
-"""The staged schedule against the paper: published points, half sines, constants between equal neighbours."""
+"""The staged schedule against the paper (published points, half sines, equal neighbours), and the controller."""
 
 import itertools
+import json
 import math
+import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prosparse_pipe.errors import ProsparseError
-from prosparse_pipe.schedule import PUBLISHED, Stage, StagedSchedule, from_fractions, preset
+from prosparse_pipe.schedule import (
+    PUBLISHED,
+    SparsityController,
+    Stage,
+    StagedSchedule,
+    from_fractions,
+    half_sine,
+    preset,
+)
 
 stages = st.lists(st.tuples(st.floats(0, 10), st.integers(1, 500)), min_size=1, max_size=7).map(
     lambda parts: StagedSchedule(
@@ -76,3 +86,59 @@ def test_wrong_stages_are_refused():
             from_fractions(bad, 100)
     with pytest.raises(ProsparseError, match="unknown schedule"):
         preset("70b", 100)
+
+
+class Plant:
+    """A model that training makes sparser: it relaxes towards a sparsity that rises with log lambda; batches are noisy.
+
+    Args:
+        steps: of the run; the relaxation takes a twentieth of it.
+        gain: sparsity per unit of log lambda near .8.
+    """
+
+    def __init__(self, steps: int, gain: float, noise: float, seed: int) -> None:
+        self.sparsity, self.rate, self.gain, self.noise = 0.65, min(1.0, 20 / steps), gain, noise
+        self.random = random.Random(seed)
+
+    def step(self, coefficient: float) -> float:
+        drive = math.log(coefficient + 1e-9) + 3.0
+        settled = 0.65 + 0.35 / (1 + math.exp(-drive * self.gain / 0.08))
+        self.sparsity += self.rate * (settled - self.sparsity)
+        return self.sparsity + self.random.gauss(0, self.noise)
+
+
+@pytest.mark.parametrize("steps", [150, 1000, 8000])
+@pytest.mark.parametrize("gain", [0.02, 0.05])
+def test_the_controller_reaches_its_target_and_stays(steps, gain):
+    controller, plant = SparsityController(0.89, steps, 0.1, 0.7), Plant(steps, gain, 0.004, steps)
+    path = []
+    for step in range(steps):
+        coefficient = controller.value(step)
+        assert (coefficient > 0) == (step >= 0.1 * steps) or step == math.ceil(0.1 * steps)
+        controller.observe(step, plant.step(coefficient))
+        path.append(plant.sparsity)
+    assert max(abs(s - 0.89) for s in path[round(0.85 * steps) :]) < 0.02
+    assert max(path) < 0.89 + 0.03
+    assert path[round(0.3 * steps)] < 0.82  # gradually
+
+
+def test_a_controller_goes_on_where_another_stopped():
+    steps = 300
+    whole, first = SparsityController(0.9, steps, 0.05, 0.6), SparsityController(0.9, steps, 0.05, 0.6)
+    measured = [0.6 + 0.3 * half_sine(step / steps) + 0.01 * math.sin(step) for step in range(steps)]
+    for step in range(140):
+        whole.observe(step, measured[step])
+        first.observe(step, measured[step])
+    second = SparsityController(0.9, steps, 0.05, 0.6)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for step in range(140, steps):
+        assert second.value(step) == whole.value(step)
+        whole.observe(step, measured[step])
+        second.observe(step, measured[step])
+
+
+def test_a_model_that_does_not_answer_does_not_make_lambda_infinite():
+    controller = SparsityController(0.95, 2000, 0.0, 0.1)
+    for step in range(2000):
+        controller.observe(step, 0.5)
+    assert math.log(controller.value(2000)) <= SparsityController.BOUNDS[1] + SparsityController.MOST_PROPORTIONAL

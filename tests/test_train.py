@@ -179,12 +179,15 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
         time.sleep(0.005)
 
 
-def test_resume_after_kill_is_exact(tmp_path, text):
+@pytest.mark.parametrize(
+    "more", [[], ["--set", "target_sparsity=0.9", "--set", "regularizer=count"]], ids=["staged", "steered"]
+)
+def test_resume_after_kill_is_exact(tmp_path, text, more):
     model = dense_model(tmp_path / "dense")
-    subprocess.run(command(model, text, tmp_path / "whole"), env=environment(), check=True, capture_output=True)
+    subprocess.run(command(model, text, tmp_path / "whole", *more), env=environment(), check=True, capture_output=True)
 
     killed = tmp_path / "killed"
-    process = subprocess.Popen(command(model, text, killed), env=environment(), stderr=subprocess.PIPE)
+    process = subprocess.Popen(command(model, text, killed, *more), env=environment(), stderr=subprocess.PIPE)
     wait_for(killed / "checkpoints" / "checkpoint-4" / "complete", process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -192,10 +195,11 @@ def test_resume_after_kill_is_exact(tmp_path, text):
     (killed / "checkpoints" / "checkpoint-10").mkdir(exist_ok=True)  # half-written: must be ignored
     with open(killed / "training.jsonl", "a") as file:
         file.write('{"step": 11, "lo')  # likewise
-    refused = subprocess.run(command(model, text, killed), env=environment(), capture_output=True, text=True)
+    refused = subprocess.run(command(model, text, killed, *more), env=environment(), capture_output=True, text=True)
     assert refused.returncode == 1
     assert "--resume" in refused.stderr
-    subprocess.run(command(model, text, killed, "--resume"), env=environment(), check=True, capture_output=True)
+    resume = command(model, text, killed, *more, "--resume")
+    subprocess.run(resume, env=environment(), check=True, capture_output=True)
 
     assert (killed / "training.jsonl").read_text() == (tmp_path / "whole" / "training.jsonl").read_text()
     expected, actual = (
@@ -203,7 +207,7 @@ def test_resume_after_kill_is_exact(tmp_path, text):
     )
     for name, weight in expected.items():
         assert torch.equal(weight, actual[name]), name
-    again = subprocess.run(command(model, text, killed, "--resume"), env=environment(), capture_output=True, text=True)
+    again = subprocess.run(resume, env=environment(), capture_output=True, text=True)
     assert again.returncode == 0
     assert "finished already" in again.stderr
 
@@ -258,6 +262,15 @@ def test_refusals(tmp_path, text):
         ({"schedule": "70b"}, "unknown schedule 70b"),
         ({"schedule": [[0, 1], [1, 0.5]]}, "do not end one after the other"),
         ({"trainable": "some"}, "trainable must be all, ffn or lora"),
+        ({"regularizer": "l2"}, "regularizer must be l1 or count"),
+        ({"compile": "fast"}, "compile must be auto, on or off"),
+        ({"compile": True, "gradient_checkpointing": True}, "does not go with gradient_checkpointing"),
+        ({"target_sparsity": 89}, "target_sparsity must be from 0 to 1"),
+        ({"target_ramp": [0.8, 0.1]}, "target_ramp must be two shares"),
+        ({"target_ramp": "soon"}, "target_ramp must be a number"),
+        ({"count_tau": 0}, "count_tau must be above 0"),
+        ({"train_threshold": -1}, "train_threshold must not be negative"),
+        ({"lora_rank": 0}, "lora_rank must be at least 1"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):

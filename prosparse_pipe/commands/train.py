@@ -19,7 +19,10 @@ import click
 @click.option("--lr", type=float, help="peak learning rate")
 @click.option("--schedule", help="7b, 13b or 1b as published, or [[lambda, share], ...]")
 @click.option("--distill", type=float, help="weight of the KL divergence to the dense model")
-@click.option("--trainable", type=click.Choice(["all", "ffn"]), help="all weights, or gate, up and down only")
+@click.option("--trainable", type=click.Choice(["all", "ffn", "lora"]), help="all weights, the FFNs' only, or adapters")
+@click.option("--regularizer", type=click.Choice(["l1", "count"]), help="penalty: L1 as published, or a smooth count")
+@click.option("--target-sparsity", type=float, help="steer lambda to this sparsity, e.g. 0.89, instead of a schedule")
+@click.option("--init", help="FFN weights to start from: a run, or a GGUF")
 @click.option("--threshold", help="FATReLU threshold: a number, or `search`")
 @click.option(
     "--layout", type=click.Choice(["relu", "fatrelu"]), help="config.json for transformers, or as released (vLLM)"
