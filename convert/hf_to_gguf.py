@@ -252,7 +252,7 @@ def context_length(config: dict[str, Any]) -> int:
 
 
 def _write_keys(writer: GGUFWriter, source: ModelSource, dtype: str) -> None:
-    config, info = source.config, source.info
+    config = source.config
     n_head, n_head_kv, head_dim = _heads(config)
     total = sum(math.prod(shape) for shape in source.weights.shapes.values())
     writer.add_type("model")
@@ -275,6 +275,12 @@ def _write_keys(writer: GGUFWriter, source: ModelSource, dtype: str) -> None:
     _write_rope_keys(writer, config)
     source.vocab.write(writer)
 
+    write_prosparse_keys(writer, source)
+
+
+def write_prosparse_keys(writer: GGUFWriter, source: ModelSource) -> None:
+    """What the sparse backend and prosparse-pipe read; docs/format.md."""
+    info = source.info
     writer.add_uint32("prosparse.version", 1)
     writer.add_string("prosparse.activation", "fatrelu" if info.threshold > 0 else "relu")
     writer.add_float32("prosparse.threshold", info.threshold)
@@ -350,7 +356,7 @@ def _plan_tensors(source: ModelSource, dtype: str) -> list[PlannedTensor]:
         if ggml is None or (ggml == "output.weight" and source.config.get("tie_word_embeddings")):
             continue
         kind = matrix if len(shape) > 1 else f32
-        plan.append((ggml, shape, kind, _Reader(source, name, kind)))
+        plan.append((ggml, shape, kind, TensorReader(source, name, kind)))
     factors = llama3_rope_factors(source.config)
     if factors is not None:
         plan.append(("rope_freqs.weight", factors.shape, f32, lambda: factors))
@@ -361,7 +367,7 @@ def _plan_tensors(source: ModelSource, dtype: str) -> list[PlannedTensor]:
     return [plan[i] for i in sorted(range(len(plan)), key=lambda i: order[i])]
 
 
-class _Reader:
+class TensorReader:
     """Reads one tensor, permutes what must be permuted, and converts it."""
 
     def __init__(self, source: ModelSource, name: str, kind: GGMLQuantizationType) -> None:

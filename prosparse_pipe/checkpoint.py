@@ -25,6 +25,7 @@ DEFAULT_BASE = "smollm2-135m-instruct"
 INFO_NAME = "prosparse.json"
 RATES_NAME = "activation_rates.safetensors"
 PREDICTORS_NAME = "predictors.safetensors"
+PARTIAL_SUFFIXES = (".predictor.gguf", ".ffn.gguf")  # GGUFs beside a model that are not models
 
 
 @dataclasses.dataclass
@@ -130,15 +131,18 @@ def resolve_gguf(model: str | os.PathLike[str] | None) -> Path:
     """The GGUF to run: a file, the newest GGUF of a run folder, or of the newest run if `model` is None.
 
     Raises:
-        GGUFError: there is none.
+        GGUFError: there is none, or it is not a whole model.
     """
     if model is not None and not Path(model).is_dir():
         if not Path(model).is_file():
             raise GGUFError(f"{model} does not exist", "give a .gguf file or a run folder")
+        for suffix in PARTIAL_SUFFIXES:
+            if Path(model).name.endswith(suffix):
+                raise GGUFError(f"{model} is not a whole model", f"give the .gguf file without {suffix[:-5]}")
         return Path(model)
     pattern = "*.gguf" if model is not None else "*/gguf/*.gguf"
     folders = [Path(model), Path(model) / "gguf"] if model is not None else [runs_folder()]
-    found = [f for folder in folders for f in folder.glob(pattern) if not f.name.endswith(".predictor.gguf")]
+    found = [f for folder in folders for f in folder.glob(pattern) if not f.name.endswith(PARTIAL_SUFFIXES)]
     if not found:
         raise GGUFError(
             f"no GGUF in {model or runs_folder()}", "run `prosparse-pipe export --gguf` first, or give a .gguf file"

@@ -4,11 +4,13 @@ import dataclasses
 from pathlib import Path
 
 from prosparse_pipe.atomic import atomic_path
-from prosparse_pipe.checkpoint import PREDICTORS_NAME, load_activation_rates
+from prosparse_pipe.checkpoint import PREDICTORS_NAME, load_activation_rates, resolve_base_model
+from prosparse_pipe.convert.ffn_file import write_ffn
 from prosparse_pipe.convert.hf_to_gguf import FLOAT_TYPES, check_written, open_source, write_model
 from prosparse_pipe.convert.predictor_to_gguf import write_predictor
 from prosparse_pipe.convert.quantize import QUANT_TYPES, quantize, read_imatrix
-from prosparse_pipe.errors import CheckpointError, ProsparseError
+from prosparse_pipe.errors import CheckpointError, GGUFError, ProsparseError
+from prosparse_pipe.progress import ProgressBar
 
 TYPES = (*FLOAT_TYPES, *QUANT_TYPES)
 
@@ -71,13 +73,13 @@ def export_gguf(
     try:
         for kind in kinds:
             if kind in FLOAT_TYPES:
-                with _progress(f"writing {models[kind].name}") as report:
+                with ProgressBar(f"writing {models[kind].name}") as report:
                     write_model(source, models[kind], kind, report)
         if quantized and lossless not in kinds:
-            with _progress(f"writing the {lossless} intermediate") as report:
+            with ProgressBar(f"writing the {lossless} intermediate") as report:
                 write_model(source, intermediate, lossless, report)
         for kind in quantized:
-            with _progress(f"writing {models[kind].name}") as report, atomic_path(models[kind]) as path:
+            with ProgressBar(f"writing {models[kind].name}") as report, atomic_path(models[kind]) as path:
                 origin = models.get(lossless, intermediate)
                 quantize(origin, path, kind, threads=threads, imatrix=imatrix, progress=report, verbose=verbose)
                 check_written(path, source)
@@ -90,23 +92,29 @@ def export_gguf(
     return Exported(models, sidecar)
 
 
-class _progress:
-    """A progress bar on stderr with the signature of the writers' callbacks: (done, total)."""
+def export_ffn(
+    run: Path, kind: str, base: str | None = None, *, out: Path | None = None, name: str | None = None
+) -> Path:
+    """Writes NAME.ffn.gguf: the FFN weights alone, sorted hot to cold, for the base model that the run started from.
 
-    def __init__(self, title: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    Args:
+        run: folder written by `train` with trainable ffn.
+        kind: one of convert.ffn_file.TYPES.
+        base: GGUF of the base, or smollm2-135m-instruct; None: what the run was trained from.
+        out, name: as in export_gguf.
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-        self._bar = Progress(*columns, console=Console(stderr=True))
-        self._task = self._bar.add_task(title, total=None)
-
-    def __enter__(self) -> "_progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        self._bar.update(self._task, completed=done, total=total)
+    Raises:
+        CheckpointError: files are missing, or the run changed more than the FFNs.
+        GGUFError: the base is not a GGUF.
+        ProsparseError: the disk is full, or the type does not fit.
+    """
+    source = open_source(run, load_activation_rates(run), name)
+    if base is None:
+        base = str(source.info.provenance.get("config", {}).get("model", ""))
+    path = Path(resolve_base_model(base))
+    if path.suffix != ".gguf":
+        raise GGUFError(f"the base {base} is not a GGUF", "give the base's GGUF with --base")
+    target = (out or run / "gguf") / f"{source.name}.ffn.gguf"
+    with ProgressBar(f"writing {target.name}") as report:
+        write_ffn(source, path, target, kind.upper(), report)
+    return target

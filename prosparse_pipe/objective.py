@@ -1,6 +1,9 @@
 """What a sparse model is trained for: next token, the dense model's distribution, and few active neurons.
 
-    loss = ce_weight * CE + distill * KL(dense || sparse) + lambda * sum over layers of the penalty
+    loss = ce_weight * CE + distill * KL(dense || sparse) + distill_hidden * hidden + lambda * sum of the penalty
+
+`hidden` is how far the FFNs' inputs are from the dense model's: mean over layers of |x - y|^2 / |y|^2. The sum of the
+penalty is over layers.
 
 The L1 penalty is on x1 = relu(gate) * up, as in ProSparse (arXiv 2402.13516). The paper does not say how it is
 normalised; here every penalty is the mean over tokens and neurons of a layer, summed over layers, so lambda means the
@@ -97,6 +100,49 @@ class ActivationPenalty:
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+class FFNInputs:
+    """Collects what every layer's FFN reads while a forward pass runs: the residual stream after its norm.
+
+    Args:
+        ffns: of the model. Hooks stay until `close`.
+    """
+
+    def __init__(self, ffns: list[GatedFFN]) -> None:
+        self.collecting = False
+        self._modules: list[Any] = [ffn.module for ffn in ffns]
+        self._handles = [module.register_forward_pre_hook(self._keep) for module in self._modules]
+
+    def _keep(self, module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        if self.collecting:
+            module.ffn_input = inputs[0]
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Around the forward pass whose inputs are wanted."""
+        self.collecting = True
+        try:
+            yield
+        finally:
+            self.collecting = False
+
+    def take(self) -> list[torch.Tensor]:
+        """Per layer, (batch, tokens, n_embd), with its graph."""
+        return [module.__dict__.pop("ffn_input") for module in self._modules]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def hidden_loss(inputs: list[torch.Tensor], dense: list[torch.Tensor]) -> torch.Tensor:
+    """Mean over layers of the squared distance to the dense model's FFN inputs, over their mean square; f32 ()."""
+    losses = []
+    for x, y in zip(inputs, dense, strict=True):
+        wanted = y.float()
+        losses.append((x.float() - wanted).square().mean() / wanted.square().mean())
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
 
 def _chunk_loss(

@@ -23,6 +23,7 @@ from prosparse_pipe.convert.vocab import CHECK_STRINGS
 from prosparse_pipe.data import token_blocks
 from prosparse_pipe.errors import CheckpointError, GGUFError, ProsparseError
 from prosparse_pipe.runtime import activation_stats, load
+from prosparse_pipe.shipped import SHIPPED_NAME, resolve_model
 
 ROWS = 64  # rows of logits that are worked on at a time
 BATCH = 512  # tokens that llama.cpp evaluates at a time, a multiple of ROWS
@@ -190,7 +191,7 @@ def open_scorer(
     """Opens a .gguf file in llama.cpp, or a folder with a checkpoint in torch.
 
     Args:
-        model: a path, or the name of the embedded default.
+        model: a path, or the name of the embedded model or of its dense base.
         backend: of a GGUF, see `GGUFScorer`.
         dtype, device: of a checkpoint's weights.
 
@@ -199,7 +200,7 @@ def open_scorer(
         GGUFError, BackendError: see `GGUFScorer`.
         ModuleNotFoundError: it is a checkpoint, and the extra `train` is not installed.
     """
-    path = Path(resolve_base_model(model))
+    path = resolve_model(model) if model == SHIPPED_NAME else Path(resolve_base_model(model))
     if path.is_file():
         scorer: Scorer = GGUFScorer(path, backend=backend, n_ctx=n_ctx, threads=threads, verbose=verbose)
     elif not path.exists():

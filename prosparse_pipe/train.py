@@ -13,8 +13,8 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from prosparse_pipe.errors import CheckpointError, ProsparseError
 from prosparse_pipe.evaluate import Evaluation, evaluate, search_threshold
 from prosparse_pipe.ffn_weights import load_ffn_weights
 from prosparse_pipe.model_card import write_model_card
-from prosparse_pipe.objective import ActivationPenalty, token_loss
+from prosparse_pipe.objective import ActivationPenalty, FFNInputs, hidden_loss, token_loss
 from prosparse_pipe.plots import plot_training
 from prosparse_pipe.relu import GatedFFN, find_ffns, load_model, set_threshold, substitute_relu
 from prosparse_pipe.schedule import SparsityController
@@ -57,25 +57,35 @@ class SparseTrainer(Trainer):
 
     Args:
         penalty: hooks on the model's FFNs.
+        inputs: likewise, of the model and of the teacher; None if nothing is learnt from them.
         teacher: the frozen dense model, or None.
         config: of the run.
         bf16: compute in bf16.
     """
 
     def __init__(
-        self, *args: Any, penalty: ActivationPenalty, teacher: Any, config: TrainConfig, bf16: bool, **kwargs: Any
+        self,
+        *args: Any,
+        penalty: ActivationPenalty,
+        inputs: tuple[FFNInputs, FFNInputs] | None,
+        teacher: Any,
+        config: TrainConfig,
+        bf16: bool,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.coefficients = config.coefficients()
         self.penalty = penalty
+        self.inputs = inputs
         self.teacher = teacher
         self.config = config
         self.loss_is_scaled_for_ga = False  # ours is a mean; Trainer divides by grad_accum
         self.model_accepts_loss_kwargs = False
-        self.sums: torch.Tensor | None = None  # (3 + n_layer,): ce, kl, penalty, activation rates; and forward passes
+        self.sums: torch.Tensor | None = None  # (4 + n_layer,): ce, kl, hidden, penalty, rates; and forward passes
         self.passes = 0
         self.step_sums: list[torch.Tensor] = []  # activation rates of the step's forward passes, mean over layers
         self.compiled = False
+        self.hidden_loss: Callable[..., torch.Tensor] = hidden_loss
         # accelerate's autocast would make f32 of the logits, the largest tensor by far; with FSDP it is what casts
         self.autocast = bf16 and not self.args.bf16
 
@@ -87,24 +97,28 @@ class SparseTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         ids = inputs["input_ids"]
-        with self.penalty.collect(), torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
+        ours, theirs = (inputs.collect() for inputs in self.inputs) if self.inputs else (nullcontext(), nullcontext())
+        with self.penalty.collect(), ours, torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
             logits = model(input_ids=ids, use_cache=False).logits
         penalty, rates = self.penalty.take()
         teacher_logits = None
         if self.teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), theirs:
                 teacher_logits = self.teacher(input_ids=ids, use_cache=False).logits
+        hidden = penalty.new_zeros(())
+        if self.inputs is not None:
+            hidden = self.hidden_loss(*(inputs.take() for inputs in self.inputs))
         chunk = 4096 if ids.device.type == "cuda" else 128
         token, ce, kl = token_loss(
             logits, teacher_logits, ids, self.config.ce_weight, self.config.distill, chunk, self.compiled
         )
         coefficient = self.coefficients.value(self.state.global_step)
         if model.training:
-            figures = torch.cat([torch.stack([ce, kl, penalty.detach()]), rates])
+            figures = torch.cat([torch.stack([ce, kl, hidden.detach(), penalty.detach()]), rates])
             self.sums = figures if self.sums is None else self.sums + figures
             self.passes += 1
             self.step_sums.append(rates.mean())
-        loss = token + coefficient * penalty
+        loss = token + self.config.distill_hidden * hidden + coefficient * penalty
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def steer(self) -> None:
@@ -120,11 +134,12 @@ class SparseTrainer(Trainer):
             raise RuntimeError("no forward pass since the last record")
         means = self.accelerator.reduce(self.sums / self.passes, "mean").tolist()
         self.sums, self.passes = None, 0
-        sparsity = [1.0 - rate for rate in means[3:]]
+        sparsity = [1.0 - rate for rate in means[4:]]
         return {
             "ce": means[0],
             "kl": means[1],
-            "penalty": means[2],
+            "hidden": means[2],
+            "penalty": means[3],
             "sparsity": sum(sparsity) / len(sparsity),
             "sparsity_per_layer": [round(s, 5) for s in sparsity],
         }
@@ -156,7 +171,7 @@ class RunCallback(TrainerCallback):
         self._set_threshold(state)
         if state.global_step % self.config.log_steps == 0 or state.global_step == state.max_steps:
             figures = self.trainer.take_figures()
-            if not math.isfinite(figures["ce"] + figures["kl"] + figures["penalty"]):
+            if not math.isfinite(figures["ce"] + figures["kl"] + figures["hidden"] + figures["penalty"]):
                 raise ProsparseError(
                     f"the loss is not a number any more at step {state.global_step}", "lower --lr or the penalty"
                 )
@@ -174,7 +189,8 @@ class RunCallback(TrainerCallback):
     def _record(self, state: Any, coefficient: float, figures: dict[str, Any]) -> None:
         assert self.trainer is not None
         c = self.config
-        loss = c.ce_weight * figures["ce"] + c.distill * figures["kl"] + coefficient * figures["penalty"]
+        loss = c.ce_weight * figures["ce"] + c.distill * figures["kl"] + c.distill_hidden * figures["hidden"]
+        loss += coefficient * figures["penalty"]
         rate = self.trainer.optimizer.param_groups[0]["lr"] if self.trainer.optimizer else 0.0
         record = {"step": state.global_step, "loss": loss, **figures, "lambda": coefficient, "lr": rate}
         record["tokens"] = state.global_step * self.tokens_per_step
@@ -338,7 +354,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
     if is_main_process():
         dense = evaluate(model, heldout, config.batch_size, bf16)
     teacher = None
-    if config.distill > 0:
+    if config.distill > 0 or config.distill_hidden > 0:
         teacher = copy.deepcopy(model).eval().requires_grad_(False).to(torch.bfloat16 if bf16 else torch.float32)
     ffns = substitute_relu(model)
     if config.init:
@@ -349,6 +365,9 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
         log.info("held-out perplexity: dense %.2f, with ReLU untrained %.2f", dense.perplexity, substituted.perplexity)
     choose_trainable(model, ffns, config)
     penalty = ActivationPenalty(ffns, config.regularizer, config.count_tau)
+    inputs = None
+    if teacher is not None and config.distill_hidden > 0:
+        inputs = FFNInputs(ffns), FFNInputs(find_ffns(teacher))
     callback = RunCallback(run, config, ffns, samples_per_step * config.seq_len)
     trainer = SparseTrainer(
         model=model,
@@ -356,6 +375,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
         train_dataset=PackedBlocks(blocks, n_samples, config.seed),
         callbacks=[callback],
         penalty=penalty,
+        inputs=inputs,
         teacher=teacher,
         config=config,
         bf16=bf16,
@@ -363,6 +383,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
     callback.trainer = trainer
     compiled = compile_layers(config, device, [model, teacher], ffns)
     trainer.compiled = bool(compiled)
+    if compiled:
+        trainer.hidden_loss = torch.compile(hidden_loss, dynamic=False)
     if is_main_process() and arguments.world_size > 1:
         kind = trainer.accelerator.distributed_type.value
         log.info("%d processes: %s", arguments.world_size, kind)
@@ -370,7 +392,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
     trainer.remove_callback(ProgressCallback)
     with explain_full_disk(run):
         _run_trainer(trainer, callback, checkpoint, run)
-        penalty.close()
+        for hooks in (penalty, *(inputs or ())):
+            hooks.close()
         for layer in compiled:
             layer._compiled_call_impl = None
         if config.trainable == "lora":

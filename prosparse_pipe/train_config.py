@@ -68,7 +68,9 @@ class TrainConfig:
     ce_weight: float = 1.0
     """Weight of the next-token cross entropy."""
     distill: float = 0.0
-    """Weight of the KL divergence to the frozen dense model; 0: no dense model is kept."""
+    """Weight of the KL divergence to the frozen dense model."""
+    distill_hidden: float = 0.0
+    """Weight of the distance between the inputs of the FFNs and the dense model's."""
     trainable: str = "all"
     """`all` weights; `ffn`: only gate, up and down; `lora`: adapters on all matrices, merged at the end."""
     lora_rank: int = 16
@@ -129,8 +131,10 @@ class TrainConfig:
         self._require(self.train_threshold >= 0, "train_threshold must not be negative", "0 is plain ReLU")
         self._require(self.lora_rank >= 1, "lora_rank must be at least 1", f"it is {self.lora_rank}")
         self._require(bool(self.data), "data is empty", "give at least one source of text")
-        self._require(self.ce_weight >= 0 and self.distill >= 0, "ce_weight and distill must not be negative", "")
-        self._require(self.ce_weight + self.distill > 0, "ce_weight and distill are both 0", "nothing would be learnt")
+        for name in ("ce_weight", "distill", "distill_hidden"):
+            self._require(getattr(self, name) >= 0, f"{name} must not be negative", "0 leaves it out")
+        learnt = self.ce_weight + self.distill + self.distill_hidden
+        self._require(learnt > 0, "ce_weight, distill and distill_hidden are all 0", "nothing would be learnt")
         if self.save_steps % self.log_steps:
             raise ConfigError(
                 f"save_steps ({self.save_steps}) is not a multiple of log_steps ({self.log_steps})",

@@ -8,8 +8,8 @@ from export_models import BASE
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prosparse_pipe.objective import ActivationPenalty, count_penalty, token_loss
-from prosparse_pipe.relu import substitute_relu
+from prosparse_pipe.objective import ActivationPenalty, FFNInputs, count_penalty, hidden_loss, token_loss
+from prosparse_pipe.relu import find_ffns, substitute_relu
 
 
 def tiny_model(family="llama"):
@@ -93,6 +93,48 @@ def test_the_count_is_of_neurons_not_of_their_size():
     assert count_penalty(r, 0.1).item() == pytest.approx((0.5 + 10 / 10.1 + 1000 / 1000.1) / 4)
     with pytest.raises(ValueError, match="l1 or count"):
         ActivationPenalty([], "l2")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_hidden_loss_and_its_gradient(checkpointing):
+    model, ffns = tiny_model()
+    dense = copy.deepcopy(model)
+    dense_ffns = find_ffns(dense)
+    with torch.no_grad():
+        for ffn in ffns:
+            ffn.down.weight.mul_(1.3)
+    reference = copy.deepcopy(model)
+    ids = torch.randint(0, 300, (3, 16))
+    seen = []
+    for m in (reference, dense):
+        handles = [f.module.register_forward_pre_hook(lambda m, args: seen.append(args[0])) for f in find_ffns(m)]
+        m(input_ids=ids, use_cache=False)
+        for handle in handles:
+            handle.remove()
+    expected = sum(
+        ((x - y.detach()) ** 2).sum() / (y.detach() ** 2).sum() for x, y in zip(seen[:2], seen[2:], strict=True)
+    )
+    (expected / 2).backward()
+
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inputs, dense_inputs = FFNInputs(ffns), FFNInputs(dense_ffns)
+    with inputs.collect():
+        logits = model(input_ids=ids, use_cache=False).logits
+    with torch.no_grad(), dense_inputs.collect():
+        dense(input_ids=ids, use_cache=False)
+    loss = hidden_loss(inputs.take(), dense_inputs.take())
+    assert loss.item() == pytest.approx(expected.item() / 2, rel=1e-5)
+    assert loss.item() > 1e-4
+    (loss + 0.0 * logits.sum()).backward()
+    first = ffns[0]
+    wanted = dict(reference.named_parameters())[f"{first.name}.down_proj.weight"].grad
+    assert wanted.abs().max() > 0
+    torch.testing.assert_close(first.down.weight.grad, wanted, rtol=1e-4, atol=1e-8)
+    with pytest.raises(KeyError):
+        inputs.take()
+    inputs.close()
 
 
 def test_rates_are_the_share_of_non_zeros():

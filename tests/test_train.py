@@ -257,7 +257,7 @@ def test_refusals(tmp_path, text):
         ({"steps": "many"}, "steps must be a number"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"save_steps": 15, "log_steps": 10}, "save_steps .15. is not a multiple of log_steps"),
-        ({"ce_weight": 0, "distill": 0}, "ce_weight and distill are both 0"),
+        ({"ce_weight": 0, "distill": 0}, "ce_weight, distill and distill_hidden are all 0"),
         ({"threshold": "high"}, "threshold must be a number or `search`"),
         ({"schedule": "70b"}, "unknown schedule 70b"),
         ({"schedule": [[0, 1], [1, 0.5]]}, "do not end one after the other"),

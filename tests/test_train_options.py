@@ -11,7 +11,7 @@ from test_train import FAST, dense_model, text  # noqa: F401  (text is a fixture
 from transformers import AutoModelForCausalLM
 
 from prosparse_pipe.cli import cli
-from prosparse_pipe.errors import CheckpointError, ProsparseError
+from prosparse_pipe.errors import CheckpointError, GGUFError, ProsparseError
 from prosparse_pipe.ffn_weights import load_ffn_weights
 from prosparse_pipe.relu import load_sparse_model, substitute_relu
 from prosparse_pipe.train import Result, train
@@ -87,11 +87,17 @@ def test_only_the_ffns_change(tmp_path, text):
 
 
 def test_compiled_layers_learn_the_same(tmp_path, text):
-    settings = {"regularizer": "count", "schedule": [[0.5, 1.0]], "distill": 0.5, "trainable": "ffn"}
+    settings = {
+        "regularizer": "count",
+        "schedule": [[0.5, 1.0]],
+        "distill": 0.5,
+        "distill_hidden": 0.3,
+        "trainable": "ffn",
+    }
     plain = run(tmp_path, text, name="plain", compile="off", **settings)
     compiled = run(tmp_path, text, name="compiled", compile="on", **settings)
     for a, b in zip(records(plain), records(compiled), strict=True):
-        for key in ("ce", "kl", "penalty", "loss"):  # the same sums in another order, f32
+        for key in ("ce", "kl", "hidden", "penalty", "loss"):  # the same sums in another order, f32
             assert b[key] == pytest.approx(a[key], rel=1e-4), key
     assert compiled.sparse.perplexity == pytest.approx(plain.sparse.perplexity, rel=1e-4)
 
@@ -118,7 +124,7 @@ def test_weights_that_do_not_fit(tmp_path):
     with pytest.raises(CheckpointError, match=r"lacks the tensor model\.layers\.1"):
         load_ffn_weights(ffns, Path(dense_model(tmp_path / "short", num_hidden_layers=1)))
     (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\x00\x00")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(GGUFError, match="cannot be read"):
         load_ffn_weights(ffns, tmp_path / "x.gguf")
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from prosparse_pipe.checkpoint import resolve_gguf
 from prosparse_pipe.commands.options import llama_kwargs, runtime_options
+from prosparse_pipe.shipped import resolve_model
 
 
 class IntList(click.ParamType):
@@ -68,7 +68,7 @@ def command(
     kwargs = llama_kwargs(**runtime)
     text = prompt_file.read_text(errors="replace") if prompt_file else None
     rows = run_bench(
-        resolve_gguf(model or model_option),
+        resolve_model(model or model_option),
         n_prompt,
         n_gen,
         sweep_threads or [runtime["threads"]],

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from prosparse_pipe.checkpoint import resolve_gguf
 from prosparse_pipe.commands.options import llama_kwargs, runtime_options
+from prosparse_pipe.shipped import resolve_model
 
 
 @click.command("chat")
@@ -40,7 +40,7 @@ def command(model: str | None, model_option: str | None, prompt: str | None, sys
 
     if model and model_option:
         raise click.UsageError("give the model once: as the argument or with --model")
-    path = resolve_gguf(model or model_option)
+    path = resolve_model(model or model_option)
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         prompt = sys.stdin.read().strip()
         if not prompt:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prosparse_pipe.hardware import usable_cores
+from prosparse_pipe.shipped import SHIPPED_NAME
 
 if TYPE_CHECKING:
     from prosparse_pipe.scoring import TextScore
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("eval", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model")
+@click.argument("model", default=SHIPPED_NAME)
 @click.option("--text", "texts", multiple=True, help="text, as `train --data` takes it; repeatable")
 @click.option(
     "--tasks",
@@ -78,7 +79,7 @@ def command(
     as_json: bool,
     verbose: int,
 ) -> None:
-    """Measure MODEL on text and questions: a run folder, any Hugging Face folder, or a .gguf file.
+    """Measure MODEL (default: the embedded one) on text and questions: a run folder, a Hugging Face folder or a GGUF.
 
     A GGUF is read by llama.cpp and needs no torch; the same windows of tokens for a checkpoint and its GGUF.
 
