@@ -32,7 +32,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
             raise ProsparseError(
                 f"no space left while writing {target}", "free some disk space and try again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise ProsparseError(
                 f"cannot write {target}: {error.strerror}", "choose another folder with --out"
             ) from error
