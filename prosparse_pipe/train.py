@@ -93,6 +93,18 @@ class SparseTrainer(Trainer):
         assert isinstance(self.train_dataset, PackedBlocks)
         return SequentialSampler(self.train_dataset)  # it is shuffled already
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.config.optimizer == "adamw" or self.optimizer is not None:
+            return super().create_optimizer(model)
+        trained: Any = self.model if model is None else model
+        weights = [p for p in trained.parameters() if p.requires_grad]
+        if self.is_fsdp_enabled or any(p.ndim != 2 for p in weights):
+            raise ProsparseError("muon needs whole matrices: no FSDP, no biases", "use --set optimizer=adamw")
+        self.optimizer = torch.optim.Muon(
+            weights, lr=self.config.lr, weight_decay=self.config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        return self.optimizer
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

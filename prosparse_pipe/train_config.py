@@ -35,14 +35,16 @@ class TrainConfig:
     """Blocks in a forward pass of one process."""
     grad_accum: int = 1
     """Forward passes before an optimizer step."""
+    optimizer: str = "adamw"
+    """`adamw`, or `muon`: for runs whose trainable weights are matrices, ffn and lora; lr means the same."""
     lr: float = 3e-5
-    """Peak learning rate (AdamW, cosine)."""
+    """Peak learning rate, cosine."""
     lr_min_ratio: float = 0.1
     """Learning rate at the end, as a share of the peak."""
     warmup: float = 0.03
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = 0.1
-    """Of AdamW."""
+    """Of the optimizer, decoupled."""
     adam_beta2: float = 0.95
     """Of AdamW."""
     max_grad_norm: float = 1.0
@@ -127,6 +129,11 @@ class TrainConfig:
             "compile: on does not go with gradient_checkpointing",
             "turn one of them off",
         )
+        self._require(
+            self.optimizer == "adamw" or self.trainable != "all",
+            "optimizer: muon is for matrices, not for all weights",
+            "use it with trainable: ffn or lora",
+        )
         self._require(self.count_tau > 0, "count_tau must be above 0", f"it is {self.count_tau}")
         self._require(self.train_threshold >= 0, "train_threshold must not be negative", "0 is plain ReLU")
         self._require(self.lora_rank >= 1, "lora_rank must be at least 1", f"it is {self.lora_rank}")
@@ -168,6 +175,7 @@ class TrainConfig:
 
 
 CHOICES = {
+    "optimizer": ("adamw", "muon"),
     "trainable": ("all", "ffn", "lora"),
     "layout": ("relu", "fatrelu"),
     "bf16": ("auto", "on", "off"),
