@@ -16,7 +16,7 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ from prosparse_pipe.hardware import describe_machine
 from prosparse_pipe.runtime import activation_stats, load
 
 PROMPT_TOKENS = 32  # context before the first decoded token, so that attention is not empty
+PARALLEL_STEPS = 32  # tokens of each of several parallel sequences
 
 
 @dataclasses.dataclass
 class Workload:
-    """Tokens to time, int32 (n,): decoded one by one after an untimed prompt (tg), or prefilled at once (pp)."""
+    """Tokens to time, int32, after an untimed prompt: (n,) decoded one by one (tg) or prefilled at once (pp), or
+    (n, n_seq), a step of n_seq parallel sequences at a time (par)."""
 
     kind: str
     prompt: np.ndarray
@@ -42,41 +44,83 @@ class Workload:
 
     @property
     def name(self) -> str:
-        return f"{self.kind}{len(self.tokens)}"
+        return f"{self.kind}{self.tokens.shape[-1]}"
+
+    def steps(self) -> list[np.ndarray]:
+        """The tokens as they are fed: all at once, or one (of each sequence) at a time."""
+        return [self.tokens] if self.kind == "pp" else np.split(self.tokens, len(self.tokens))
 
 
 class Side:
-    """One of the two models compared, stock or sparse, driven through llama_decode: no Python work between tokens."""
+    """One of the two models compared, stock or sparse, driven through llama_decode: no Python work between tokens.
 
-    def __init__(self, path: Path, sparse: bool, **llama_kwargs: Any) -> None:
+    Args:
+        n_seq: sequences that are decoded in parallel; more than one share a context of their own.
+    """
+
+    def __init__(self, path: Path, sparse: bool, n_seq: int = 1, **llama_kwargs: Any) -> None:
         self.llama = load(path, sparse=sparse, **llama_kwargs)
         self.context = self.llama._ctx.ctx
         self.n_vocab = self.llama.n_vocab()
         self.n_batch = llama_kwargs["n_batch"]
+        self.n_seq = n_seq
+        self.position = 0
+        if n_seq > 1:
+            params = self.llama.context_params
+            params.n_seq_max, params.kv_unified = n_seq, True
+            params.n_ctx *= n_seq
+            self.context = llama_cpp.llama_init_from_model(self.llama._model.model, params)
+            self.batch = llama_cpp.llama_batch_init(n_seq, 0, 1)
+
+    def close(self) -> None:
+        if self.n_seq > 1:
+            llama_cpp.llama_batch_free(self.batch)
+            llama_cpp.llama_free(self.context)
+        self.llama.close()
 
     def clear(self) -> None:
         """Empties the KV cache."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+        self.position = 0
 
     def decode(self, tokens: np.ndarray) -> None:
-        """Evaluates int32 tokens (n,), in batches of n_batch, after what the KV cache holds."""
+        """Evaluates int32 tokens after what the KV cache holds: (n,) in batches of n_batch, (n, n_seq) step by step."""
+        if tokens.ndim == 2:
+            for row in tokens:
+                self._decode_step(row)
+            return
         for i in range(0, len(tokens), self.n_batch):
             part = tokens[i : i + self.n_batch]
             pointer = part.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-            if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(pointer, len(part))) != 0:
-                raise ProsparseError("llama.cpp could not decode the batch", "use a smaller test")
+            self._run(llama_cpp.llama_batch_get_one(pointer, len(part)))
+
+    def _decode_step(self, tokens: np.ndarray) -> None:
+        """One token of each sequence, int32 (n_seq,)."""
+        batch = self.batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens.tolist()):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, self.position, 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, i
+        self.position += 1
+        self._run(batch)
+
+    def _run(self, batch: Any) -> None:
+        if llama_cpp.llama_decode(self.context, batch) != 0:
+            raise ProsparseError("llama.cpp could not decode the batch", "use a smaller test")
 
     def logits(self) -> np.ndarray:
-        """Logits of the last token, f32 (n_vocab,)."""
-        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context, -1), (self.n_vocab,)).copy()
+        """Logits of the last token of each sequence, f32 (n_seq, n_vocab)."""
+        places = range(self.n_seq) if self.n_seq > 1 else [-1]
+        rows = [llama_cpp.llama_get_logits_ith(self.context, i) for i in places]
+        return np.stack([np.ctypeslib.as_array(row, (self.n_vocab,)) for row in rows])
 
     def greedy(self, prompt: np.ndarray, n: int) -> np.ndarray:
-        """The model's own continuation of prompt, int32 (n,)."""
+        """The model's own continuation of a prompt (n_prompt,) or (n_prompt, n_seq); int32 (n,) or (n, n_seq)."""
         self.clear()
         self.decode(prompt)
-        tokens = np.empty(n, np.int32)
+        tokens = np.empty((n, *prompt.shape[1:]), np.int32)
         for i in range(n):
-            tokens[i] = self.logits().argmax()
+            tokens[i] = self.logits().argmax(-1).reshape(prompt.shape[1:])
             self.decode(tokens[i : i + 1])
         return tokens
 
@@ -86,11 +130,8 @@ class Side:
         self.decode(test.prompt)
         llama_cpp.llama_synchronize(self.context)
         start = time.perf_counter()
-        if test.kind == "pp":
-            self.decode(test.tokens)
-        else:
-            for i in range(len(test.tokens)):
-                self.decode(test.tokens[i : i + 1])
+        for tokens in test.steps():
+            self.decode(tokens)
         llama_cpp.llama_synchronize(self.context)
         return time.perf_counter() - start
 
@@ -98,17 +139,18 @@ class Side:
 def compare_logits(stock: Side, sparse: Side, test: Workload) -> float:
     """Largest |sparse - stock| / |stock| (L2 over the vocabulary) of the logits, both sides fed the same tokens.
 
-    After every token of a tg test, after the last one of a pp test.
+    After every step of a tg or par test, after the last token of a pp test.
     """
     worst = 0.0
     for side in (stock, sparse):
         side.clear()
         side.decode(test.prompt)
-    for part in [test.tokens] if test.kind == "pp" else np.split(test.tokens, len(test.tokens)):
+    for part in test.steps():
         for side in (stock, sparse):
             side.decode(part)
         expected = stock.logits()
-        worst = max(worst, float(np.linalg.norm(sparse.logits() - expected) / np.linalg.norm(expected)))
+        apart = np.linalg.norm(sparse.logits() - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+        worst = max(worst, float(apart.max()))
     return worst
 
 
@@ -117,7 +159,7 @@ def interleave(stock: Side, sparse: Side, test: Workload, repetitions: int) -> t
     speeds: dict[Side, list[float]] = {stock: [], sparse: []}
     for repetition in range(repetitions):
         for side in (stock, sparse) if repetition % 2 == 0 else (sparse, stock):
-            speeds[side].append(len(test.tokens) / side.measure(test))
+            speeds[side].append(test.tokens.size / side.measure(test))
     return speeds[stock], speeds[sparse]
 
 
@@ -129,12 +171,14 @@ def run_bench(
     repetitions: int,
     llama_kwargs: dict[str, Any],
     prompt_text: str | None = None,
+    parallel_sizes: Sequence[int] = (),
 ) -> Iterator[dict[str, Any]]:
     """Yields one row per test and thread count.
 
     Args:
         prompt_sizes: tokens of each pp test, e.g. [512].
         generate_sizes: tokens of each tg test, e.g. [128].
+        parallel_sizes: sequences of each par test, e.g. [8]; each decodes PARALLEL_STEPS tokens.
         llama_kwargs: of `llama_cpp.Llama`, the same for both sides; n_ctx is raised to what the tests need.
         prompt_text: text that is evaluated and continued; default: a passage that comes with the package.
 
@@ -142,44 +186,60 @@ def run_bench(
         ProsparseError: the file is not a sparse model, so there is nothing to compare.
     """
     text = prompt_text or importlib.resources.files("prosparse_pipe").joinpath("bench_prompt.txt").read_text()
-    n_ctx = max([*prompt_sizes, *(PROMPT_TOKENS + n for n in generate_sizes)]) + 1
+    n_ctx = max([PROMPT_TOKENS + PARALLEL_STEPS, *prompt_sizes, *(PROMPT_TOKENS + n for n in generate_sizes)]) + 1
     for n_threads in threads:
         kwargs = {**llama_kwargs, "n_ctx": n_ctx, "n_threads": n_threads, "n_threads_batch": n_threads}
         machine = describe_machine(n_threads)
-        stock, sparse = Side(path, False, **kwargs), Side(path, True, **kwargs)
-        try:
-            if activation_stats(sparse.llama) is None:
-                raise ProsparseError(
-                    f"{path} is a dense model: it would run the same on both sides", "export a sparse one"
-                )
-            ids = np.array(stock.llama.tokenize(text.encode(), add_bos=True), np.int32)
-            threshold = float(stock.llama.metadata.get("prosparse.threshold", 0))
-            if threshold:
-                note = f"note: stock llama.cpp does not apply the threshold of {threshold:g}: logits differ by it"
-                click.echo(note, err=True)
-            base = _describe_run(path, stock, machine, n_threads, repetitions, kwargs)
-            tests = [Workload("pp", ids[:0], np.resize(ids, n)) for n in prompt_sizes]
-            prompt = ids[:PROMPT_TOKENS]
-            tests += [Workload("tg", prompt, stock.greedy(prompt, n)) for n in generate_sizes]
-            for test in tests:
-                error = compare_logits(stock, sparse, test)
-                interleave(stock, sparse, test, 1)  # warm-up: page cache, clocks
-                activation_stats(sparse.llama, reset=True)
-                peer_speeds, speeds = interleave(stock, sparse, test, repetitions)
-                stats = activation_stats(sparse.llama)
-                value, peer_value = statistics.median(speeds), statistics.median(peer_speeds)
-                yield base | {
-                    "test": test.name,
-                    "sparsity": round(stats.sparsity, 4) if stats else None,
-                    "value": round(value, 2),
-                    "value_sd": round(statistics.stdev(speeds), 2) if repetitions > 1 else 0.0,
-                    "peer_value": round(peer_value, 2),
-                    "ratio": round(value / peer_value, 3),
-                    "max_logit_rel_l2": float(f"{error:.3g}"),
-                }
-        finally:
-            sparse.llama.close()
-            stock.llama.close()
+        for n_seq in dict.fromkeys([1] * bool(prompt_sizes or generate_sizes) + list(parallel_sizes)):
+            stock, sparse = (Side(path, sparse, n_seq, **kwargs) for sparse in (False, True))
+            try:
+                if activation_stats(sparse.llama) is None:
+                    raise ProsparseError(
+                        f"{path} is a dense model: it would run the same on both sides", "export a sparse one"
+                    )
+                ids = np.array(stock.llama.tokenize(text.encode(), add_bos=True), np.int32)
+                threshold = float(stock.llama.metadata.get("prosparse.threshold", 0))
+                if threshold:
+                    note = f"note: stock llama.cpp does not apply the threshold of {threshold:g}: logits differ by it"
+                    click.echo(note, err=True)
+                base = _describe_run(path, stock, machine, n_threads, repetitions, kwargs)
+                if n_seq > 1:
+                    tests = [_parallel_test(stock, ids, n_seq)]
+                else:
+                    tests = [Workload("pp", ids[:0], np.resize(ids, n)) for n in prompt_sizes]
+                    prompt = ids[:PROMPT_TOKENS]
+                    tests += [Workload("tg", prompt, stock.greedy(prompt, n)) for n in generate_sizes]
+                for test in tests:
+                    yield base | _measure_test(stock, sparse, test, repetitions)
+            finally:
+                sparse.close()
+                stock.close()
+
+
+def _parallel_test(side: Side, ids: np.ndarray, n_seq: int) -> Workload:
+    """Sequences that begin at different places of the text and go on greedily."""
+    starts = np.arange(n_seq) * max(1, (len(ids) - PROMPT_TOKENS) // n_seq)
+    prompt = np.resize(ids, len(ids) + PROMPT_TOKENS)[starts + np.arange(PROMPT_TOKENS)[:, None]]
+    return Workload("par", prompt, side.greedy(prompt, PARALLEL_STEPS))
+
+
+def _measure_test(stock: Side, sparse: Side, test: Workload, repetitions: int) -> dict[str, Any]:
+    """The fields of a row that one test adds."""
+    error = compare_logits(stock, sparse, test)
+    interleave(stock, sparse, test, 1)  # warm-up: page cache, clocks
+    activation_stats(sparse.llama, reset=True)
+    peer_speeds, speeds = interleave(stock, sparse, test, repetitions)
+    stats = activation_stats(sparse.llama)
+    value, peer_value = statistics.median(speeds), statistics.median(peer_speeds)
+    return {
+        "test": test.name,
+        "sparsity": round(stats.sparsity, 4) if stats else None,
+        "value": round(value, 2),
+        "value_sd": round(statistics.stdev(speeds), 2) if repetitions > 1 else 0.0,
+        "peer_value": round(peer_value, 2),
+        "ratio": round(value / peer_value, 3),
+        "max_logit_rel_l2": float(f"{error:.3g}"),
+    }
 
 
 def _describe_run(

@@ -28,11 +28,11 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(model):
-    return list(run_bench(model, [48], [8], [1], 3, KWARGS, "a text of some length " * 20))
+    return list(run_bench(model, [48], [8], [1], 3, KWARGS, "a text of some length " * 20, [3]))
 
 
 def test_rows_have_every_field(rows):
-    assert [row["test"] for row in rows] == ["pp48", "tg8"]
+    assert [row["test"] for row in rows] == ["pp48", "tg8", "par3"]
     for row in rows:
         assert set(row) == KEYS
         assert row["machine"]["cpu"]
@@ -54,18 +54,30 @@ def test_both_sides_see_the_same_tokens_in_turn(model):
     peers, speeds = interleave(stock, sparse, test, 4)
     assert len(peers) == len(speeds) == 4
     assert min(peers + speeds) > 0
-    stock.llama.close()
-    sparse.llama.close()
+    stock.close()
+    sparse.close()
+
+
+def test_parallel_sequences_are_those_of_one_at_a_time(model):
+    kwargs = {**KWARGS, "n_ctx": 64, "n_threads": 1, "n_threads_batch": 1}
+    prompt = np.arange(5, 35, dtype=np.int32).reshape(10, 3)
+    together, alone = Side(model, True, 3, **kwargs), Side(model, False, **kwargs)
+    tokens = together.greedy(prompt, 6)
+    assert tokens.shape == (6, 3)
+    for i in range(3):
+        assert tokens[:, i].tolist() == alone.greedy(np.ascontiguousarray(prompt[:, i]), 6).tolist()
+    together.close()
+    alone.close()
 
 
 def test_output_formats(rows):
     assert [json.loads(line) for line in format_rows(rows, "jsonl")] == rows
     assert json.loads("\n".join(format_rows(rows, "json"))) == rows
     table = list(csv.DictReader(io.StringIO("\n".join(format_rows(rows, "csv")))))
-    assert [row["test"] for row in table] == ["pp48", "tg8"]
+    assert [row["test"] for row in table] == ["pp48", "tg8", "par3"]
     assert json.loads(table[0]["machine"]) == rows[0]["machine"]
     lines = list(format_rows(rows, "md"))
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert len({line.count("|") for line in lines}) == 1
 
 

@@ -36,6 +36,9 @@ class IntList(click.ParamType):
     "-n", "--n-gen", type=IntList(), default="128", show_default=True, help="tokens of the decode tests; 0: none"
 )
 @click.option(
+    "-np", "--parallel", type=IntList(), default="0", show_default=True, help="sequences decoded at once; 0: no test"
+)
+@click.option(
     "-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True, help="timed runs of each side"
 )
 @click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True)
@@ -49,6 +52,7 @@ def command(
     model_option: str | None,
     n_prompt: list[int],
     n_gen: list[int],
+    parallel: list[int],
     repetitions: int,
     output: str,
     sweep_threads: list[int] | None,
@@ -63,8 +67,8 @@ def command(
 
     if model and model_option:
         raise click.UsageError("give the model once: as the argument or with --model")
-    if not n_prompt and not n_gen:
-        raise click.UsageError("--n-prompt and --n-gen are both 0: nothing to measure")
+    if not n_prompt and not n_gen and not parallel:
+        raise click.UsageError("--n-prompt, --n-gen and --parallel are all 0: nothing to measure")
     kwargs = llama_kwargs(**runtime)
     text = prompt_file.read_text(errors="replace") if prompt_file else None
     rows = run_bench(
@@ -75,6 +79,7 @@ def command(
         repetitions,
         kwargs,
         text,
+        parallel,
     )
     for line in format_rows(rows, output):
         click.echo(line)
