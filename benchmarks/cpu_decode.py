@@ -4,8 +4,9 @@
     python benchmarks/cpu_decode.py --shapes llama2-7b mistral-7b --types Q4_0 Q8_0 F16 Q4_K_M --jsonl rows.jsonl
     python benchmarks/cpu_decode.py --jsonl rows.jsonl --plot docs/images/cpu-decode.png
 
-Whole models where they fit (llama2-7b and mistral-7b in 4 bits), else cuts of 6 layers; --quick cuts everything and takes
-shorter tests, about ten minutes on two cores. A GGUF may stand among the shapes. Rows are those of `prosparse-pipe bench`.
+Whole models where they fit (llama2-7b and mistral-7b in 4 bits), else cuts of 6 layers; --quick cuts everything and
+takes shorter tests, about ten minutes on two cores. A GGUF may stand among the shapes. Rows are those of
+`prosparse-pipe bench`.
 """
 
 import argparse

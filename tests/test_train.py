@@ -262,6 +262,8 @@ def test_refusals(tmp_path, text):
         ({"schedule": "70b"}, "unknown schedule 70b"),
         ({"schedule": [[0, 1], [1, 0.5]]}, "do not end one after the other"),
         ({"trainable": "some"}, "trainable must be all, ffn or lora"),
+        ({"optimizer": "muon"}, "is for matrices, not for all weights"),
+        ({"distill_hidden": -1}, "distill_hidden must not be negative"),
         ({"regularizer": "l2"}, "regularizer must be l1 or count"),
         ({"compile": "fast"}, "compile must be auto, on or off"),
         ({"compile": True, "gradient_checkpointing": True}, "does not go with gradient_checkpointing"),

@@ -86,6 +86,16 @@ def test_only_the_ffns_change(tmp_path, text):
         assert torch.equal(weight, after[name]) != (".mlp." in name), name
 
 
+def test_muon_learns_matrices_only(tmp_path, text):
+    settings = {"steps": 20, "trainable": "ffn", "schedule": [[0, 1.0]], "lr": 1e-2}
+    result = run(tmp_path, text, optimizer="muon", **settings)
+    found = records(result)
+    assert found[-1]["ce"] < found[0]["ce"] - 0.5
+    with pytest.raises(ProsparseError, match="no FSDP, no biases"):
+        dense_model(tmp_path / "biases" / "dense", mlp_bias=True)
+        run(tmp_path / "biases", text, optimizer="muon", **settings | {"steps": 1})
+
+
 def test_compiled_layers_learn_the_same(tmp_path, text):
     settings = {
         "regularizer": "count",
