@@ -36,6 +36,37 @@ inline f32x16 splat(float x) {
     return f32x16{} + x;
 }
 
+// 16 bytes to 32 bits. GCC 12 makes long chains of __builtin_convertvector here.
+inline i32x16 widen(u8x16 v) {
+#if defined(__AVX512F__)
+    return (i32x16) _mm512_cvtepu8_epi32((__m128i) v);
+#elif defined(__AVX2__)
+    i32x16        r;
+    const __m256i lo = _mm256_cvtepu8_epi32((__m128i) v);
+    const __m256i hi = _mm256_cvtepu8_epi32(_mm_srli_si128((__m128i) v, 8));
+    memcpy(&r, &lo, 32);
+    memcpy((char *) &r + 32, &hi, 32);
+    return r;
+#else
+    return __builtin_convertvector(v, i32x16);
+#endif
+}
+
+inline i32x16 widen(i8x16 v) {
+#if defined(__AVX512F__)
+    return (i32x16) _mm512_cvtepi8_epi32((__m128i) v);
+#elif defined(__AVX2__)
+    i32x16        r;
+    const __m256i lo = _mm256_cvtepi8_epi32((__m128i) v);
+    const __m256i hi = _mm256_cvtepi8_epi32(_mm_srli_si128((__m128i) v, 8));
+    memcpy(&r, &lo, 32);
+    memcpy((char *) &r + 32, &hi, 32);
+    return r;
+#else
+    return __builtin_convertvector(v, i32x16);
+#endif
+}
+
 // 16 half floats to f32, exact
 inline f32x16 load_f16(const uint16_t * p) {
 #if defined(__AVX512F__)
@@ -60,26 +91,33 @@ inline f32x16 load_f16(const uint16_t * p) {
 }
 
 inline f32x16 load_bf16(const uint16_t * p) {
+#if defined(__AVX512F__)
+    return (f32x16) _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16);
+#endif
     return (f32x16) (__builtin_convertvector(load<u16x16>(p), u32x16) << 16);
 }
 
 // Codes of one chunk of one neuron as f32 levels: lo = elements 0..15, hi = 16..31.
-template <int LOW, int HIGH, bool SIGNED>
-inline void load_levels(const uint8_t * low, const uint8_t * high, int zero, const f32x16& table, bool use_table,
-                        f32x16& lo, f32x16& hi) {
+template <int LOW, int HIGH, bool SIGNED, bool TABLE>
+inline void load_levels(const uint8_t * low, const uint8_t * high, int zero, i8x16 table, f32x16& lo, f32x16& hi) {
     i32x16 a, b;
     if constexpr (LOW == 8) {
         if constexpr (SIGNED) {
-            a = __builtin_convertvector(load<i8x16>(low), i32x16);
-            b = __builtin_convertvector(load<i8x16>(low + 16), i32x16);
+            a = widen(load<i8x16>(low));
+            b = widen(load<i8x16>(low + 16));
         } else {
-            a = __builtin_convertvector(load<u8x16>(low), i32x16);
-            b = __builtin_convertvector(load<u8x16>(low + 16), i32x16);
+            a = widen(load<u8x16>(low));
+            b = widen(load<u8x16>(low + 16));
         }
     } else if constexpr (LOW == 4) {
         const u8x16 q = load<u8x16>(low);
-        a             = __builtin_convertvector(q & 15, i32x16);
-        b             = __builtin_convertvector(q >> 4, i32x16);
+        if constexpr (TABLE) {
+            a = widen(__builtin_shuffle(table, (i8x16) (q & 15)));
+            b = widen(__builtin_shuffle(table, (i8x16) (q >> 4)));
+        } else {
+            a = widen(q & 15);
+            b = widen(q >> 4);
+        }
     } else {
         a = (i32x16{} + load<int32_t>(low)) >> (2 * iota) & 3;
         b = (i32x16{} + load<int32_t>(low + 4)) >> (2 * iota) & 3;
@@ -91,42 +129,47 @@ inline void load_levels(const uint8_t * low, const uint8_t * high, int zero, con
         a |= ((i32x16{} + load<int32_t>(high)) >> (2 * iota) & 3) << LOW;
         b |= ((i32x16{} + load<int32_t>(high + 4)) >> (2 * iota) & 3) << LOW;
     }
-    if (use_table) {
-        for (int k = 0; k < 16; ++k) {
-            lo[k] = table[a[k] & 15];
-            hi[k] = table[b[k] & 15];
-        }
-        return;
-    }
     lo = __builtin_convertvector(a - zero, f32x16);
     hi = __builtin_convertvector(b - zero, f32x16);
 }
 
-// scale and offset of 16 elements e.. of the group that `neuron` is in
-inline void load_scale(const down_view& v, int64_t neuron, int64_t e, f32x16& scale, f32x16& offset) {
-    const down_codec& c     = *v.codec;
-    const int64_t     n_pad = v.n_chunks * chunk_size;
-    const int64_t     s     = neuron / c.super * n_pad + e;
-    const int64_t     g     = neuron / c.group * n_pad + e;
-    scale                   = load_f16(v.d + s);
-    offset                  = f32x16{};
+// Where the scales of a neuron's group lie.
+struct group_scales {
+    const uint16_t * d;
+    const uint16_t * m;
+    const uint8_t *  sc;
+    const uint8_t *  mn;
+
+    group_scales(const down_view& v, int64_t neuron) {
+        const int64_t n_pad = v.n_chunks * chunk_size;
+        const int64_t s     = neuron / v.codec->super * n_pad;
+        const int64_t g     = neuron / v.codec->group * n_pad;
+        d                   = v.d + s;
+        m                   = v.m + s;
+        sc                  = v.sc + g;
+        mn                  = v.mn + g;
+    }
+};
+
+// scale and offset of the elements e .. e + 15 of a group
+inline void load_scale(const down_codec& c, const group_scales& g, int64_t e, f32x16& scale, f32x16& offset) {
+    scale  = load_f16(g.d + e);
+    offset = f32x16{};
     switch (c.kind) {
         case down_codec::scales::d_m:
-            offset = load_f16(v.m + s);
+            offset = load_f16(g.m + e);
             break;
         case down_codec::scales::d_sc:
-            scale *=
-                __builtin_convertvector(__builtin_convertvector(load<i8x16>(v.sc + g), i32x16) - c.zero_sc, f32x16);
+            scale *= __builtin_convertvector(widen(load<i8x16>(g.sc + e)) - c.zero_sc, f32x16);
             break;
         case down_codec::scales::d_sc_dmin_mn:
-            scale *= __builtin_convertvector(__builtin_convertvector(load<u8x16>(v.sc + g), i32x16), f32x16);
-            offset = -(load_f16(v.m + s) *
-                       __builtin_convertvector(__builtin_convertvector(load<u8x16>(v.mn + g), i32x16), f32x16));
+            scale *= __builtin_convertvector(widen(load<u8x16>(g.sc + e)), f32x16);
+            offset = -(load_f16(g.m + e) * __builtin_convertvector(widen(load<u8x16>(g.mn + e)), f32x16));
             break;
         case down_codec::scales::d_sc4_dmin_mn4: {
-            const u8x16 q = load<u8x16>(v.sc + g);
-            scale *= __builtin_convertvector(__builtin_convertvector(q & 15, i32x16), f32x16);
-            offset = -(load_f16(v.m + s) * __builtin_convertvector(__builtin_convertvector(q >> 4, i32x16), f32x16));
+            const u8x16 q = load<u8x16>(g.sc + e);
+            scale *= __builtin_convertvector(widen(q & 15), f32x16);
+            offset = -(load_f16(g.m + e) * __builtin_convertvector(widen(q >> 4), f32x16));
             break;
         }
         default:
@@ -134,24 +177,48 @@ inline void load_scale(const down_view& v, int64_t neuron, int64_t e, f32x16& sc
     }
 }
 
-inline f32x16 table_of(const down_codec& c) {
-    f32x16 t = {};
-    for (int k = 0; c.table != nullptr && k < 16; ++k) {
-        t[k] = c.table[k];
-    }
-    return t;
+inline i8x16 table_of(const down_codec& c) {
+    return c.table != nullptr ? load<i8x16>(c.table) : i8x16{};
 }
 
-// y += sum h * row for rows of plain floats
-template <int BITS, bool BF16>
-void accumulate_float(const down_view& v, const int32_t * neurons, const float * h, int64_t n, float * y, int64_t c0,
-                      int64_t c1) {
-    const size_t row = v.n_chunks * v.codec->low_bytes();
+// Neurons whose rows are read side by side: enough to keep several streams busy, few enough for the registers.
+constexpr int batch_size = 4;
+constexpr int cache_line = 64;
+
+// The rows of the next batch, fetched while this one is computed: nothing is fetched in vain.
+struct next_rows {
+    const uint8_t * low[batch_size];
+    int             count = 0;
+
+    next_rows(const down_view& v, const int32_t * neurons, int64_t n) {
+        for (; count < batch_size && count < n; ++count) {
+            low[count] = v.low + neurons[count] * (v.n_chunks * v.codec->low_bytes());
+        }
+    }
+
+    void prefetch(size_t offset) const {
+        for (int k = 0; k < count; ++k) {
+            __builtin_prefetch(low[k] + offset);
+        }
+    }
+};
+
+// y += sum h * row for K rows of plain floats
+template <int BITS, bool BF16, int K>
+void accumulate_float_batch(const down_view& v, const int32_t * neurons, const float * h, const next_rows& next,
+                            float * y, int64_t c0, int64_t c1) {
+    constexpr size_t low = chunk_size * BITS / 8;
+    const uint8_t *  rows[K];
+    for (int k = 0; k < K; ++k) {
+        rows[k] = v.low + neurons[k] * (v.n_chunks * low);
+    }
     for (int64_t c = c0; c < c1; ++c) {
-        f32x16          lo = load<f32x16>(y + c * chunk_size), hi = load<f32x16>(y + c * chunk_size + 16);
-        const uint8_t * base = v.low + c * v.codec->low_bytes();
-        for (int64_t k = 0; k < n; ++k) {
-            const uint8_t * p = base + neurons[k] * row;
+        for (size_t i = 0; i < low; i += cache_line) {
+            next.prefetch(c * low + i);
+        }
+        f32x16 lo = load<f32x16>(y + c * chunk_size), hi = load<f32x16>(y + c * chunk_size + 16);
+        for (int k = 0; k < K; ++k) {
+            const uint8_t * p = rows[k] + c * low;
             if constexpr (BITS == 32) {
                 lo += h[k] * load<f32x16>(p);
                 hi += h[k] * load<f32x16>(p + 64);
@@ -168,54 +235,85 @@ void accumulate_float(const down_view& v, const int32_t * neurons, const float *
     }
 }
 
-// Chunks handled together: enough registers for their sums, and long enough runs of each row for the prefetcher.
-constexpr int64_t strip = 4;
+// y += scale * (sum h * level) + offset * sum h for K rows of one group, so that each scale is read once
+template <int LOW, int HIGH, bool SIGNED, bool TABLE, int K>
+void accumulate_coded_batch(const down_view& v, const int32_t * neurons, const float * h, const next_rows& next,
+                            float * y, int64_t c0, int64_t c1) {
+    constexpr size_t   low    = chunk_size * LOW / 8;
+    constexpr size_t   high   = chunk_size * HIGH / 8;
+    constexpr int64_t  a_line = cache_line / low;
+    const down_codec   codec  = *v.codec;
+    const group_scales scales(v, neurons[0]);
+    const i8x16        table = table_of(codec);
+    const uint8_t *    lows[K];
+    const uint8_t *    highs[K];
+    float              h_sum = 0.0f;
+    for (int k = 0; k < K; ++k) {
+        lows[k]  = v.low + neurons[k] * (v.n_chunks * low);
+        highs[k] = v.high + neurons[k] * (v.n_chunks * high);
+        h_sum += h[k];
+    }
+    for (int64_t c = c0; c < c1; ++c) {
+        if (c % a_line == 0) {
+            next.prefetch(c * low);
+        }
+        f32x16 lo = {}, hi = {};
+        for (int k = 0; k < K; ++k) {
+            f32x16 a, b;
+            load_levels<LOW, HIGH, SIGNED, TABLE>(lows[k] + c * low, highs[k] + c * high, codec.zero, table, a, b);
+            lo += h[k] * a;
+            hi += h[k] * b;
+        }
+        const int64_t e = c * chunk_size;
+        f32x16        scale, offset;
+        load_scale(codec, scales, e, scale, offset);
+        store(y + e, load<f32x16>(y + e) + scale * lo + offset * h_sum);
+        load_scale(codec, scales, e + 16, scale, offset);
+        store(y + e + 16, load<f32x16>(y + e + 16) + scale * hi + offset * h_sum);
+    }
+}
 
-// y += scale * (sum h * level) + offset * sum h, one group of neurons at a time, so that each scale is read once
+// Calls f with the number of rows, 1 to batch_size, as an integral constant.
+template <typename F>
+void with_batch(int64_t k, F&& f) {
+    static_assert(batch_size == 4, "one case each");
+    switch (k) {
+        case 1:
+            return f(std::integral_constant<int, 1>{});
+        case 2:
+            return f(std::integral_constant<int, 2>{});
+        case 3:
+            return f(std::integral_constant<int, 3>{});
+        default:
+            return f(std::integral_constant<int, 4>{});
+    }
+}
+
+template <int BITS, bool BF16>
+void accumulate_float(const down_view& v, const int32_t * neurons, const float * h, int64_t n, float * y, int64_t c0,
+                      int64_t c1) {
+    for (int64_t begin = 0; begin < n; begin += batch_size) {
+        const int64_t   k = n - begin < batch_size ? n - begin : batch_size;
+        const next_rows next(v, neurons + begin + k, n - begin - k);
+        with_batch(k, [&](auto size) {
+            accumulate_float_batch<BITS, BF16, size.value>(v, neurons + begin, h + begin, next, y, c0, c1);
+        });
+    }
+}
+
 template <int LOW, int HIGH, bool SIGNED, bool TABLE>
 void accumulate_coded(const down_view& v, const int32_t * neurons, const float * h, int64_t n, float * y, int64_t c0,
                       int64_t c1) {
-    const down_codec& codec    = *v.codec;
-    constexpr size_t  low      = chunk_size * LOW / 8;
-    constexpr size_t  high     = chunk_size * HIGH / 8;
-    const size_t      low_row  = v.n_chunks * low;
-    const size_t      high_row = v.n_chunks * high;
-    const f32x16      table    = table_of(codec);
-    const int         zero     = codec.zero;
+    const int64_t group = v.codec->group;
     for (int64_t begin = 0, end; begin < n; begin = end) {
-        const int64_t group_end = (neurons[begin] / codec.group + 1) * codec.group;
-        float         h_sum     = 0.0f;
-        for (end = begin; end < n && neurons[end] < group_end; ++end) {
-            h_sum += h[end];
+        const int64_t group_end = (neurons[begin] / group + 1) * group;
+        for (end = begin + 1; end < n && end - begin < batch_size && neurons[end] < group_end; ++end) {
         }
-        auto run = [&](int64_t c, auto width) {
-            constexpr int W        = decltype(width)::value;
-            f32x16        t[2 * W] = {};
-            for (int64_t k = begin; k < end; ++k) {
-                const uint8_t * l  = v.low + neurons[k] * low_row + c * low;
-                const uint8_t * g  = v.high + neurons[k] * high_row + c * high;
-                const f32x16    hk = splat(h[k]);
-                for (int w = 0; w < W; ++w) {
-                    f32x16 a, b;
-                    load_levels<LOW, HIGH, SIGNED>(l + w * low, g + w * high, zero, table, TABLE, a, b);
-                    t[2 * w] += hk * a;
-                    t[2 * w + 1] += hk * b;
-                }
-            }
-            for (int w = 0; w < 2 * W; ++w) {
-                const int64_t e = c * chunk_size + w * 16;
-                f32x16        scale, offset;
-                load_scale(v, neurons[begin], e, scale, offset);
-                store(y + e, load<f32x16>(y + e) + scale * t[w] + offset * h_sum);
-            }
-        };
-        int64_t c = c0;
-        for (; c + strip <= c1; c += strip) {
-            run(c, std::integral_constant<int, strip>{});
-        }
-        for (; c < c1; ++c) {
-            run(c, std::integral_constant<int, 1>{});
-        }
+        const next_rows next(v, neurons + end, n - end);
+        with_batch(end - begin, [&](auto size) {
+            accumulate_coded_batch<LOW, HIGH, SIGNED, TABLE, size.value>(v, neurons + begin, h + begin, next, y, c0,
+                                                                         c1);
+        });
     }
 }
 
@@ -224,18 +322,19 @@ void dequantize_coded(const down_view& v, int64_t neuron0, int64_t n, float * ou
     const down_codec& codec = *v.codec;
     constexpr size_t  low   = chunk_size * LOW / 8;
     constexpr size_t  high  = chunk_size * HIGH / 8;
-    const f32x16      table = table_of(codec);
-    const int64_t     width = (c1 - c0) * chunk_size;
+    const i8x16        table = table_of(codec);
+    const group_scales scales(v, neuron0);
+    const int64_t      width = (c1 - c0) * chunk_size;
     for (int64_t c = c0; c < c1; ++c) {
         f32x16 scale[2], offset[2];
         for (int half = 0; half < 2; ++half) {
-            load_scale(v, neuron0, c * chunk_size + half * 16, scale[half], offset[half]);
+            load_scale(codec, scales, c * chunk_size + half * 16, scale[half], offset[half]);
         }
         for (int64_t k = 0; k < n; ++k) {
             f32x16 a, b;
-            load_levels<LOW, HIGH, SIGNED>(v.low + ((neuron0 + k) * v.n_chunks + c) * low,
-                                           v.high + ((neuron0 + k) * v.n_chunks + c) * high, codec.zero, table, TABLE,
-                                           a, b);
+            load_levels<LOW, HIGH, SIGNED, TABLE>(v.low + ((neuron0 + k) * v.n_chunks + c) * low,
+                                                  v.high + ((neuron0 + k) * v.n_chunks + c) * high, codec.zero, table,
+                                                  a, b);
             float * o = out + k * width + (c - c0) * chunk_size;
             store(o, a * scale[0] + offset[0]);
             store(o + 16, b * scale[1] + offset[1]);
