@@ -4,8 +4,8 @@
 
 namespace prosparse {
 
-#define PROSPARSE_LEVEL(level)                   \
-    extern const cpu_kernels kernels_##level;    \
+#define PROSPARSE_LEVEL(level)                                                                                         \
+    extern const cpu_kernels kernels_##level;                                                                          \
     extern const row_kernels row_kernels_##level
 
 PROSPARSE_LEVEL(baseline);

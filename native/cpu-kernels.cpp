@@ -319,9 +319,9 @@ void accumulate_coded(const down_view& v, const int32_t * neurons, const float *
 
 template <int LOW, int HIGH, bool SIGNED, bool TABLE>
 void dequantize_coded(const down_view& v, int64_t neuron0, int64_t n, float * out, int64_t c0, int64_t c1) {
-    const down_codec& codec = *v.codec;
-    constexpr size_t  low   = chunk_size * LOW / 8;
-    constexpr size_t  high  = chunk_size * HIGH / 8;
+    const down_codec&  codec = *v.codec;
+    constexpr size_t   low   = chunk_size * LOW / 8;
+    constexpr size_t   high  = chunk_size * HIGH / 8;
     const i8x16        table = table_of(codec);
     const group_scales scales(v, neuron0);
     const int64_t      width = (c1 - c0) * chunk_size;

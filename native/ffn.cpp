@@ -1,5 +1,7 @@
 #include "ffn.h"
 
+#include "row-kernels.h"
+
 #include "ggml-cpu.h"
 
 #include <omp.h>
@@ -123,48 +125,92 @@ ggml_status compute_with_ggml(ffn_context& context, ggml_tensor * const * nodes,
 
 // ---- decoding
 
-// Dot products of one weight matrix with rows of x, the way ggml-cpu does them.
-struct row_products {
-    const char *      rows;
-    size_t            row_bytes;
-    int64_t           n;
-    ggml_vec_dot_t    dot;
-    ggml_from_float_t quantize; // nullptr: x is used as it is
-    size_t            x_bytes;  // of one quantized row of x, rounded up to cache lines
-    const uint8_t *   x;        // where quantized rows start
-
-    explicit row_products(const ggml_tensor * product) {
-        const ggml_tensor * w      = product->src[0];
-        const auto *        traits = ggml_get_type_traits_cpu(w->type);
-        const auto *        x_type = ggml_get_type_traits_cpu(traits->vec_dot_type);
-        rows                       = (const char *) w->data;
-        row_bytes                  = w->nb[1];
-        n                          = w->ne[0];
-        dot                        = traits->vec_dot;
-        quantize                   = traits->vec_dot_type == GGML_TYPE_F32 ? nullptr : x_type->from_float;
-        x_bytes                    = (ggml_row_size(traits->vec_dot_type, n) + 63) & ~(size_t) 63;
-        x                          = nullptr;
+// Rows of a gate or up matrix, multiplied with x by our kernels, or by ggml-cpu's dot product for types they do not
+// know.
+class weight_rows {
+public:
+    explicit weight_rows(const ggml_tensor * product) : weight(product->src[0]) {
+        if (!kernels.supports(weight->type)) {
+            const auto * traits = ggml_get_type_traits_cpu(weight->type);
+            dot                 = traits->vec_dot;
+            quantize            = ggml_get_type_traits_cpu(traits->vec_dot_type)->from_float;
+        }
     }
 
-    void prepare(const float * from, void * to) const {
-        if (quantize != nullptr) {
-            quantize(from, to, n);
+    // Bytes of one prepared token, whole cache lines.
+    size_t input_bytes() const {
+        const size_t n =
+            dot != nullptr ? ggml_row_size(weight_dot_type(), weight->ne[0]) : row_input_bytes(weight->ne[0]);
+        return (n + 63) & ~(size_t) 63;
+    }
+
+    row_input prepare(const float * x, uint8_t * memory) const {
+        if (dot == nullptr) {
+            return kernels.prepare(weight->type, x, weight->ne[0], memory);
+        }
+        if (weight_dot_type() == GGML_TYPE_F32) {
+            memcpy(memory, x, weight->ne[0] * sizeof(float));
         } else {
-            memcpy(to, from, n * sizeof(float));
+            quantize(x, memory, weight->ne[0]);
+        }
+        row_input in = {};
+        in.q         = (const int8_t *) memory;
+        return in;
+    }
+
+    void range(int64_t r0, int64_t r1, const row_input& x, float * out) const {
+        if (dot == nullptr) {
+            kernels.dot_range(weight->type, weight->data, weight->nb[1], weight->ne[0], r0, r1, x, out);
+            return;
+        }
+        for (int64_t r = r0; r < r1; ++r) {
+            out[r] = one(r, x);
         }
     }
 
-    float operator()(int64_t row, int64_t token) const {
+    void list(const int32_t * rows, int64_t count, const row_input& x, float * out) const {
+        if (dot == nullptr) {
+            kernels.dot_list(weight->type, weight->data, weight->nb[1], weight->ne[0], rows, count, x, out);
+            return;
+        }
+        for (int64_t k = 0; k < count; ++k) {
+            out[k] = one(rows[k], x);
+        }
+    }
+
+    // One row and several tokens.
+    void tokens(int64_t row, const row_input * x, const int32_t * chosen, int64_t count, void * scratch,
+                float * out) const {
+        if (dot == nullptr) {
+            kernels.dot_tokens(weight->type, (const char *) weight->data + row * weight->nb[1], weight->ne[0], x,
+                               chosen, count, scratch, out);
+            return;
+        }
+        for (int64_t k = 0; k < count; ++k) {
+            out[k] = one(row, x[chosen != nullptr ? chosen[k] : k]);
+        }
+    }
+
+    size_t scratch_bytes() const { return row_scratch_bytes(weight->ne[0]); }
+
+    // Whether one prepared input serves both.
+    bool same_input(const weight_rows& other) const {
+        return weight->type == other.weight->type ||
+               (dot != nullptr && other.dot != nullptr && weight_dot_type() == other.weight_dot_type());
+    }
+
+private:
+    const row_kernels&  kernels = select_row_kernels();
+    const ggml_tensor * weight;
+    ggml_vec_dot_t      dot      = nullptr;
+    ggml_from_float_t   quantize = nullptr;
+
+    ggml_type weight_dot_type() const { return ggml_get_type_traits_cpu(weight->type)->vec_dot_type; }
+
+    float one(int64_t row, const row_input& x) const {
         float result;
-        dot((int) n, &result, 0, rows + row * row_bytes, 0, x + token * x_bytes, 0, 1);
+        dot((int) weight->ne[0], &result, 0, (const char *) weight->data + row * weight->nb[1], 0, x.q, 0, 1);
         return result;
-    }
-
-    void prefetch(int64_t row) const {
-        const char * p = rows + row * row_bytes;
-        for (size_t i = 0; i < row_bytes; i += 64) {
-            __builtin_prefetch(p + i);
-        }
     }
 };
 
@@ -198,8 +244,159 @@ T * reserve(std::vector<T>& scratch, size_t n) {
     return scratch.data();
 }
 
-// The sparse FFN for a few tokens: exact gate for every neuron, up and down for active ones only.
-ggml_status decode_ffn(ffn_context& context, const ffn_nodes& ffn) {
+// Several tokens: rows of down are dequantized once, a tile at a time, and multiplied with the non-zero activations of
+// every token; rows that no token activates are skipped. h: [n_tokens][n_ff], h_stride elements apart.
+void multiply_tiles(ffn_context& context, const down_view& view, const float * h, size_t h_stride, float * out,
+                    int64_t n_tokens) {
+    constexpr int64_t block     = 16; // chunks: a tile of 32 neurons takes 64 KiB
+    constexpr int64_t most_rows = 32;
+    const int64_t     n_pad     = view.n_chunks * chunk_size;
+    const int64_t     tile_rows = view.codec->is_float() ? most_rows : view.codec->group;
+    const bool        padded    = n_pad != view.n_embd;
+    float *           sums      = reserve(context.sums, padded ? n_tokens * n_pad : 0);
+    float *           tiles     = reserve(context.tiles, context.n_threads * block * chunk_size * most_rows);
+    float *           packed    = reserve(context.packed, context.n_threads * n_tokens * most_rows);
+    float *           y         = padded ? sums : out;
+    const size_t      y_stride  = padded ? n_pad : view.n_embd;
+#pragma omp parallel num_threads(context.n_threads)
+    {
+        const cpu_kernels& kernels = select_kernels();
+        const int64_t      thread = omp_get_thread_num(), n = omp_get_num_threads();
+        const int64_t      first = view.n_chunks * thread / n, last = view.n_chunks * (thread + 1) / n;
+        float *            tile = tiles + thread * block * chunk_size * most_rows;
+        float *            own  = packed + thread * n_tokens * most_rows;
+        for (int64_t c0 = first; c0 < last; c0 += block) {
+            const int64_t c1    = std::min(c0 + block, last);
+            const int64_t width = (c1 - c0) * chunk_size;
+            for (int64_t t = 0; t < n_tokens; ++t) {
+                float * row = y + t * y_stride + c0 * chunk_size;
+                std::fill(row, row + width, 0.0f);
+            }
+            for (int64_t i = 0; i < view.n_ff; i += tile_rows) {
+                const int64_t rows = std::min(tile_rows, view.n_ff - i);
+                int64_t       kept = 0;
+                for (int64_t k = 0; k < rows; ++k) {
+                    bool any = false;
+                    for (int64_t t = 0; t < n_tokens; ++t) {
+                        const float value         = h[t * h_stride + i + k];
+                        own[t * most_rows + kept] = value;
+                        any |= value != 0.0f; // true for NaN
+                    }
+                    if (any) {
+                        kernels.dequantize(view, i + k, 1, tile + kept * width, c0, c1);
+                        ++kept;
+                    }
+                }
+                kernels.multiply_tile(tile, kept, width, own, most_rows, y + c0 * chunk_size, y_stride, n_tokens);
+            }
+            for (int64_t t = 0; padded && t < n_tokens; ++t) {
+                const int64_t e0 = c0 * chunk_size, e1 = std::min(c1 * chunk_size, view.n_embd);
+                std::copy(y + t * y_stride + e0, y + t * y_stride + e1, out + t * view.n_embd + e0);
+            }
+        }
+    }
+}
+
+uint8_t * aligned(std::vector<uint8_t>& scratch, size_t n) {
+    return (uint8_t *) (((uintptr_t) reserve(scratch, n + 64) + 63) & ~(uintptr_t) 63);
+}
+
+void count_active(const ffn_nodes& ffn, uint64_t n_tokens, uint64_t n_active) {
+    layer_counters& counters = ffn.down_weight->model->counters[ffn.down_weight->layer];
+    counters.n_tokens.fetch_add(n_tokens, std::memory_order_relaxed);
+    counters.n_active.fetch_add(n_active, std::memory_order_relaxed);
+}
+
+// NaN counts as active, so that it is not hidden.
+bool is_active(float gate, float threshold) {
+    return !(gate <= 0.0f) && !(gate < threshold);
+}
+
+// The sparse FFN for one token: exact gate for every neuron, up and down for active ones only.
+ggml_status decode_token(ffn_context& context, const ffn_nodes& ffn) {
+    const float *     x          = (const float *) ffn.gate->src[1]->data;
+    const int64_t     n_ff       = ffn.down_weight->n_ff;
+    const int         n_threads  = context.n_threads;
+    sparse_model&     model      = *ffn.down_weight->model;
+    const float       threshold  = model.threshold;
+    const bool        all        = !model.sparse.load(std::memory_order_relaxed);
+    const down_view&  view       = ffn.down_weight->view;
+    const bool        transposed = ffn.down_weight->codec != nullptr;
+    const weight_rows gate(ffn.gate), up(ffn.up);
+    const bool        same_input  = gate.same_input(up);
+    const size_t      input_bytes = gate.input_bytes() + (same_input ? 0 : up.input_bytes());
+    uint8_t *         inputs      = aligned(context.inputs, n_threads * input_bytes);
+    float *           gates       = reserve(context.values, n_ff);
+    int32_t *         candidates  = reserve(context.candidates, n_ff);
+    int32_t *         neurons     = reserve(context.neurons, n_ff);
+    float *           activations = reserve(context.activations, n_ff);
+    int64_t *         counts      = reserve(context.counts, 2 * n_threads + 1); // found, truly active, and the total
+    float *           sums        = reserve(context.sums, transposed ? view.n_chunks * chunk_size : 0);
+    float *           dense       = (float *) ffn.glu->data; // [n_ff], only for a down matrix that is not transposed
+
+#pragma omp parallel num_threads(n_threads)
+    {
+        // every thread makes its own input: that is shorter than waiting for one that does
+        const int64_t   thread = omp_get_thread_num(), n = omp_get_num_threads();
+        uint8_t *       memory  = inputs + thread * input_bytes;
+        const row_input gate_in = gate.prepare(x, memory);
+        const row_input up_in   = same_input ? gate_in : up.prepare(x, memory + gate.input_bytes());
+
+        const int64_t row0 = n_ff * thread / n, row1 = n_ff * (thread + 1) / n;
+        int64_t       found = 0, active = 0;
+        gate.range(row0, row1, gate_in, gates);
+        for (int64_t row = row0; row < row1; ++row) {
+            const bool is            = is_active(gates[row], threshold);
+            candidates[row0 + found] = (int32_t) row;
+            found += is || all;
+            active += is;
+            gates[row] = is ? gates[row] : 0.0f;
+        }
+        counts[thread]     = found;
+        counts[n + thread] = active;
+#pragma omp barrier
+
+        // the active neurons of all threads, split evenly again, since they cluster among the hot rows
+        int64_t total = 0, before = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            total += counts[i];
+        }
+        const int64_t slot0 = total * thread / n, slot1 = total * (thread + 1) / n;
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t a = std::max(slot0, before), b = std::min(slot1, before + counts[i]);
+            if (a < b) {
+                std::copy_n(candidates + n_ff * i / n + (a - before), b - a, neurons + a);
+            }
+            before += counts[i];
+        }
+        up.list(neurons + slot0, slot1 - slot0, up_in, activations + slot0);
+        for (int64_t slot = slot0; slot < slot1; ++slot) {
+            activations[slot] *= ffn.factor * gates[neurons[slot]];
+        }
+        if (transposed) {
+#pragma omp barrier
+            accumulate_chunks(view, neurons, activations, n_ff, &total, (float *) ffn.down->data, sums, 1);
+        } else {
+            for (int64_t row = row0; row < row1; ++row) {
+                dense[row] = 0.0f;
+            }
+#pragma omp barrier
+            for (int64_t slot = slot0; slot < slot1; ++slot) {
+                dense[neurons[slot]] = activations[slot];
+            }
+        }
+    }
+    uint64_t n_active = 0;
+    for (int i = 0; i < n_threads; ++i) {
+        n_active += (uint64_t) counts[n_threads + i];
+    }
+    count_active(ffn, 1, n_active);
+    return transposed ? GGML_STATUS_SUCCESS : compute_with_ggml(context, &ffn.down, 1);
+}
+
+// The sparse FFN for a few tokens: each row of gate is read once for all of them, each row of up once for those that
+// activate it, each row of down once for all.
+ggml_status decode_tokens(ffn_context& context, const ffn_nodes& ffn) {
     const ggml_tensor * x          = ffn.gate->src[1];
     const int64_t       n_tokens   = x->ne[1];
     const int64_t       n_ff       = ffn.down_weight->n_ff;
@@ -207,122 +404,59 @@ ggml_status decode_ffn(ffn_context& context, const ffn_nodes& ffn) {
     sparse_model&       model      = *ffn.down_weight->model;
     const float         threshold  = model.threshold;
     const bool          all        = !model.sparse.load(std::memory_order_relaxed);
-    const down_view&    view       = ffn.down_weight->view;
     const bool          transposed = ffn.down_weight->codec != nullptr;
+    const weight_rows   gate(ffn.gate), up(ffn.up);
+    const bool          same_input    = gate.same_input(up);
+    const size_t        scratch_bytes = (gate.scratch_bytes() + 63) & ~(size_t) 63;
+    const size_t        input_bytes   = gate.input_bytes() + (same_input ? 0 : up.input_bytes());
+    uint8_t *           inputs        = aligned(context.inputs, n_tokens * input_bytes);
+    uint8_t *           scratch       = aligned(context.decoded, n_threads * scratch_bytes);
+    float *             values =
+        transposed ? reserve(context.values, n_tokens * n_ff) : (float *) ffn.glu->data; // [n_tokens][n_ff]
+    row_input gate_in[max_decode_tokens], up_in[max_decode_tokens];
+    uint64_t  n_active = 0;
 
-    row_products gate(ffn.gate), up(ffn.up);
-    const bool   same_x      = gate.quantize == up.quantize;
-    uint8_t *    quantized   = reserve(context.quantized, n_tokens * (gate.x_bytes + up.x_bytes) + 64);
-    quantized                = (uint8_t *) (((uintptr_t) quantized + 63) & ~(uintptr_t) 63);
-    gate.x                   = quantized;
-    up.x                     = same_x ? quantized : quantized + n_tokens * gate.x_bytes;
-    float *    values        = reserve(context.values, n_tokens * n_ff);
-    uint32_t * masks         = reserve(context.masks, n_ff);
-    int32_t *  candidates    = reserve(context.candidates, n_ff);
-    int32_t *  neurons       = reserve(context.neurons, n_tokens * n_ff);
-    float *    activations   = reserve(context.activations, n_tokens * n_ff);
-    int64_t *  thread_counts = reserve(context.counts, n_threads + n_tokens);
-    int64_t *  token_counts  = thread_counts + n_threads;
-    float *    sums          = reserve(context.sums, n_tokens * (transposed ? view.n_chunks * chunk_size : 0));
-    float *    dense = (float *) ffn.glu->data; // [n_tokens][n_ff], only for a down matrix that is not transposed
-
-#pragma omp parallel num_threads(n_threads)
+    constexpr int64_t rows_at_once = 16; // dealt out in turn, since active neurons cluster among the hot rows
+#pragma omp parallel num_threads(n_threads) reduction(+ : n_active)
     {
         const int64_t thread = omp_get_thread_num(), n = omp_get_num_threads();
-
         for (int64_t t = thread; t < n_tokens; t += n) {
             const float * from = (const float *) ((const char *) x->data + t * x->nb[1]);
-            gate.prepare(from, (void *) (gate.x + t * gate.x_bytes));
-            if (!same_x) {
-                up.prepare(from, (void *) (up.x + t * up.x_bytes));
-            }
+            uint8_t *     to   = inputs + t * input_bytes;
+            gate_in[t]         = gate.prepare(from, to);
+            up_in[t]           = same_input ? gate_in[t] : up.prepare(from, to + gate.input_bytes());
         }
 #pragma omp barrier
-
-        // gate: which neurons are active. NaN counts as active, so that it is not hidden.
-        const int64_t row0 = n_ff * thread / n, row1 = n_ff * (thread + 1) / n;
-        int64_t       found = 0;
-        for (int64_t row = row0; row < row1; ++row) {
-            uint32_t mask = 0;
-            for (int64_t t = 0; t < n_tokens; ++t) {
-                const float g          = gate(row, t);
-                const bool  active     = !(g <= 0.0f) && !(g < threshold);
-                values[t * n_ff + row] = active ? g : 0.0f;
-                mask |= (uint32_t) active << t;
-            }
-            masks[row]               = mask;
-            candidates[row0 + found] = (int32_t) row;
-            found += mask != 0 || all;
-        }
-        thread_counts[thread] = found;
-#pragma omp barrier
-
-        // up: the active neurons of all threads, split evenly again, since they cluster among the hot rows
-        int64_t total = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            total += thread_counts[i];
-        }
-        const int64_t slot0 = total * thread / n, slot1 = total * (thread + 1) / n;
-        int64_t       part = 0, part_start = 0;
-        auto          neuron_at = [&](int64_t slot) {
-            while (slot >= part_start + thread_counts[part]) {
-                part_start += thread_counts[part++];
-            }
-            return candidates[n_ff * part / n + slot - part_start];
-        };
-        int32_t next = slot0 < slot1 ? neuron_at(slot0) : 0;
-        for (int64_t slot = slot0; slot < slot1; ++slot) {
-            const int32_t row = next;
-            if (slot + 1 < slot1) {
-                next = neuron_at(slot + 1);
-                up.prefetch(next);
-            }
-            for (int64_t t = 0; t < n_tokens; ++t) {
-                float& value = values[t * n_ff + row];
-                if (all || masks[row] >> t & 1) {
-                    value *= ffn.factor * up(row, t);
-                }
-            }
-            if (n_tokens == 1) {
-                neurons[slot]     = row;
-                activations[slot] = values[row];
-            }
-        }
-        if (n_tokens == 1) {
-#pragma omp single
-            token_counts[0] = total;
-        } else {
-#pragma omp barrier
-            for (int64_t t = thread; t < n_tokens; t += n) {
+        uint8_t * own = scratch + thread * scratch_bytes;
+        for (int64_t first = thread * rows_at_once; first < n_ff; first += n * rows_at_once) {
+            for (int64_t row = first; row < std::min(first + rows_at_once, n_ff); ++row) {
+                float   gates[max_decode_tokens], ups[max_decode_tokens];
+                int32_t chosen[max_decode_tokens];
                 int64_t count = 0;
-                for (int64_t row = 0; row < n_ff; ++row) {
-                    neurons[t * n_ff + count]     = (int32_t) row;
-                    activations[t * n_ff + count] = values[t * n_ff + row];
-                    count += all || (masks[row] >> t & 1);
+                gate.tokens(row, gate_in, nullptr, n_tokens, own, gates);
+                for (int64_t t = 0; t < n_tokens; ++t) {
+                    const bool is          = is_active(gates[t], threshold);
+                    values[t * n_ff + row] = 0.0f;
+                    gates[t]               = is ? gates[t] : 0.0f;
+                    chosen[count]          = (int32_t) t;
+                    count += is || all;
+                    n_active += is;
                 }
-                token_counts[t] = count;
-            }
-#pragma omp barrier
-        }
-
-        if (transposed) {
-            accumulate_chunks(view, neurons, activations, n_ff, token_counts, (float *) ffn.down->data, sums, n_tokens);
-        } else {
-#pragma omp for
-            for (int64_t i = 0; i < n_tokens * n_ff; ++i) {
-                dense[i] = values[i];
+                if (count > 0) {
+                    up.tokens(row, up_in, chosen, count, own, ups);
+                }
+                for (int64_t k = 0; k < count; ++k) {
+                    values[chosen[k] * n_ff + row] = ffn.factor * gates[chosen[k]] * ups[k];
+                }
             }
         }
     }
-
-    uint64_t n_active = 0;
-    for (int64_t row = 0; row < n_ff; ++row) {
-        n_active += (uint64_t) __builtin_popcount(masks[row]);
+    count_active(ffn, (uint64_t) n_tokens, n_active);
+    if (!transposed) {
+        return compute_with_ggml(context, &ffn.down, 1);
     }
-    layer_counters& counters = model.counters[ffn.down_weight->layer];
-    counters.n_tokens.fetch_add((uint64_t) n_tokens, std::memory_order_relaxed);
-    counters.n_active.fetch_add(n_active, std::memory_order_relaxed);
-    return transposed ? GGML_STATUS_SUCCESS : compute_with_ggml(context, &ffn.down, 1);
+    multiply_tiles(context, ffn.down_weight->view, values, n_ff, (float *) ffn.down->data, n_tokens);
+    return GGML_STATUS_SUCCESS;
 }
 
 // ---- node by node
@@ -354,43 +488,6 @@ ggml_status compute_glu(ffn_context& context, ggml_tensor * glu) {
     counters.n_tokens.fetch_add((uint64_t) glu->ne[1], std::memory_order_relaxed);
     counters.n_active.fetch_add(n_active, std::memory_order_relaxed);
     return GGML_STATUS_SUCCESS;
-}
-
-// Many tokens: a tile of neurons is dequantized once and multiplied with the non-zero activations of every token.
-void multiply_tiles(ffn_context& context, const down_view& view, const float * h, size_t h_stride, float * out,
-                    int64_t n_tokens) {
-    constexpr int64_t block     = 16; // chunks: a tile of 32 neurons takes 64 KiB
-    const int64_t     n_pad     = view.n_chunks * chunk_size;
-    const int64_t     tile_rows = view.codec->is_float() ? 32 : view.codec->group;
-    const bool        padded    = n_pad != view.n_embd;
-    float *           sums      = reserve(context.sums, padded ? n_tokens * n_pad : 0);
-    float *           tiles     = reserve(context.tiles, context.n_threads * block * chunk_size * 32);
-    float *           y         = padded ? sums : out;
-    const size_t      y_stride  = padded ? n_pad : view.n_embd;
-#pragma omp parallel num_threads(context.n_threads)
-    {
-        const cpu_kernels& kernels = select_kernels();
-        const int64_t      thread = omp_get_thread_num(), n = omp_get_num_threads();
-        const int64_t      first = view.n_chunks * thread / n, last = view.n_chunks * (thread + 1) / n;
-        float *            tile = tiles + thread * block * chunk_size * 32;
-        for (int64_t c0 = first; c0 < last; c0 += block) {
-            const int64_t c1    = std::min(c0 + block, last);
-            const int64_t width = (c1 - c0) * chunk_size;
-            for (int64_t t = 0; t < n_tokens; ++t) {
-                float * row = y + t * y_stride + c0 * chunk_size;
-                std::fill(row, row + width, 0.0f);
-            }
-            for (int64_t i = 0; i < view.n_ff; i += tile_rows) {
-                const int64_t rows = std::min(tile_rows, view.n_ff - i);
-                kernels.dequantize(view, i, rows, tile, c0, c1);
-                kernels.multiply_tile(tile, rows, width, h + i, h_stride, y + c0 * chunk_size, y_stride, n_tokens);
-            }
-            for (int64_t t = 0; padded && t < n_tokens; ++t) {
-                const int64_t e0 = c0 * chunk_size, e1 = std::min(c1 * chunk_size, view.n_embd);
-                std::copy(y + t * y_stride + e0, y + t * y_stride + e1, out + t * view.n_embd + e0);
-            }
-        }
-    }
 }
 
 // A product with a transposed down matrix; h may hold anything, zeros are skipped.
@@ -507,7 +604,9 @@ ggml_status compute_graph(ffn_context& context, ggml_cgraph * graph) {
         const bool  fused  = match_ffn(node, ffn) && node->ne[1] <= max_decode_tokens && owns_nodes(ffn, pending);
         ggml_status status = flush(fused ? &ffn : nullptr);
         if (status == GGML_STATUS_SUCCESS) {
-            status = fused ? decode_ffn(context, ffn) : compute_node(context, node);
+            status = !fused             ? compute_node(context, node)
+                     : node->ne[1] == 1 ? decode_token(context, ffn)
+                                        : decode_tokens(context, ffn);
         }
         if (status != GGML_STATUS_SUCCESS) {
             return status;

@@ -13,17 +13,18 @@ struct ffn_context {
     int                        n_threads = 4;
     std::vector<ggml_tensor *> pending; // nodes seen and not computed yet: perhaps the front part of an FFN
 
-    std::vector<uint8_t>  graph_memory; // of the small graphs given to ggml-cpu
-    std::vector<uint8_t>  graph_work;   // ggml-cpu's own scratch
-    std::vector<uint8_t>  quantized;    // x as the dot products want it
-    std::vector<float>    values;       // [n_tokens][n_ff] gate, then gate * up
-    std::vector<uint32_t> masks;        // [n_ff] tokens that activate the neuron
-    std::vector<int32_t>  candidates;   // [n_ff] active neurons, in the part of the thread that found them
-    std::vector<int32_t>  neurons;      // [n_tokens][n_ff] active neurons
-    std::vector<float>    activations;  // [n_tokens][n_ff] their values
-    std::vector<int64_t>  counts;       // per thread or token
-    std::vector<float>    sums;         // padded results
-    std::vector<float>    tiles;        // [n_threads] dequantized tiles
+    std::vector<uint8_t> graph_memory; // of the small graphs given to ggml-cpu
+    std::vector<uint8_t> graph_work;   // ggml-cpu's own scratch
+    std::vector<uint8_t> inputs;       // x as the row kernels want it, for each thread or token
+    std::vector<uint8_t> decoded;      // [n_threads] a decoded row
+    std::vector<float>   values;       // [n_tokens][n_ff] gate, or gate * up
+    std::vector<int32_t> candidates;   // [n_ff] active neurons, in the part of the thread that found them
+    std::vector<int32_t> neurons;      // [n_tokens][n_ff] active neurons
+    std::vector<float>   activations;  // [n_tokens][n_ff] their values
+    std::vector<int64_t> counts;       // per thread or token
+    std::vector<float>   sums;         // padded results
+    std::vector<float>   tiles;        // [n_threads] dequantized tiles
+    std::vector<float>   packed;       // [n_threads][n_tokens] activations of a tile's rows
 };
 
 // Whether our backend computes `op`: everything that reads a weight in our buffers, and the GLU between.

@@ -128,12 +128,12 @@ struct iq4_xs : format {
 
     static void scales(const uint8_t * p, scale_set& s) {
         uint64_t high = load_as<uint16_t>(p + 2), low = load_as<uint32_t>(p + 4);
-        low  = (low | low << 16) & 0x0000ffff0000ffff; // a nibble to each byte
-        low  = (low | low << 8) & 0x00ff00ff00ff00ff;
-        low  = (low | low << 4) & 0x0f0f0f0f0f0f0f0f;
-        high = (high | high << 24) & 0x000000ff000000ff; // two bits to each byte
-        high = (high | high << 12) & 0x000f000f000f000f;
-        high = (high | high << 6) & 0x0303030303030303;
+        low           = (low | low << 16) & 0x0000ffff0000ffff; // a nibble to each byte
+        low           = (low | low << 8) & 0x00ff00ff00ff00ff;
+        low           = (low | low << 4) & 0x0f0f0f0f0f0f0f0f;
+        high          = (high | high << 24) & 0x000000ff000000ff; // two bits to each byte
+        high          = (high | high << 12) & 0x000f000f000f000f;
+        high          = (high | high << 6) & 0x0303030303030303;
         const float d = half_to_float(load_as<uint16_t>(p));
         s.lo          = multiply_add(from_bytes(low | high << 4), splat8(d), splat8(-32.0f * d));
     }
@@ -535,8 +535,7 @@ inline void dot_decoded(const decoded_row& row, int64_t n, const row_input * con
             scale[t]        = multiply(lo, F::fine ? twice(d, false) : d);
             scale_hi[t]     = F::fine ? multiply(hi, twice(d, true)) : scale[t];
             if constexpr (F::has_min) {
-                minima[t] =
-                    multiply_add(load_floats8(row.minima + c * 8), load_floats8(x[t]->s + c * 8), minima[t]);
+                minima[t] = multiply_add(load_floats8(row.minima + c * 8), load_floats8(x[t]->s + c * 8), minima[t]);
             }
         }
         auto add = [&](auto j) {

@@ -51,7 +51,8 @@ struct row_kernels {
     void (*dot_list)(ggml_type type, const void * rows, size_t row_bytes, int64_t n, const int32_t * list,
                      int64_t count, const row_input& x, float * out);
 
-    // out[k] = row . x[tokens[k]]; tokens nullptr: the first `count`. The row is decoded once. scratch: 64-byte aligned.
+    // out[k] = row . x[tokens[k]]; tokens nullptr: the first `count`. The row is decoded once. scratch: 64-byte
+    // aligned.
     void (*dot_tokens)(ggml_type type, const void * row, int64_t n, const row_input * x, const int32_t * tokens,
                        int64_t count, void * scratch, float * out);
 };

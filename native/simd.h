@@ -180,12 +180,12 @@ inline void add_products(sums16& sums, bytes64 codes, const int8_t * x, const in
 template <int J, bool WIDE>
 inline void add_products(sums16& sums, bytes64 codes, const int8_t * x, const int32_t * init, floats8 scales_lo,
                          floats8 scales_hi) {
-    const __m512i s     = products(codes, _mm512_loadu_si512(x), _mm512_loadu_si512(init));
-    const __m512i index = _mm512_setr_epi32(4 * J, 4 * J, 4 * J, 4 * J, 4 * J + 1, 4 * J + 1, 4 * J + 1, 4 * J + 1,
-                                            4 * J + 2, 4 * J + 2, 4 * J + 2, 4 * J + 2, 4 * J + 3, 4 * J + 3, 4 * J + 3,
-                                            4 * J + 3);
-    const __m512  all   = _mm512_insertf32x8(_mm512_castps256_ps512(scales_lo.v), scales_hi.v, 1);
-    sums.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), _mm512_permutexvar_ps(index, all), sums.v);
+    const __m512i s = products(codes, _mm512_loadu_si512(x), _mm512_loadu_si512(init));
+    const __m512i index =
+        _mm512_setr_epi32(4 * J, 4 * J, 4 * J, 4 * J, 4 * J + 1, 4 * J + 1, 4 * J + 1, 4 * J + 1, 4 * J + 2, 4 * J + 2,
+                          4 * J + 2, 4 * J + 2, 4 * J + 3, 4 * J + 3, 4 * J + 3, 4 * J + 3);
+    const __m512 all = _mm512_insertf32x8(_mm512_castps256_ps512(scales_lo.v), scales_hi.v, 1);
+    sums.v           = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), _mm512_permutexvar_ps(index, all), sums.v);
 }
 
 inline float reduce(sums16 s) {
@@ -256,8 +256,8 @@ inline bytes64 load_shifted(const uint8_t * p, uint8_t mask) {
 template <int SHIFT>
 inline bytes64 shifted_right(bytes64 b, uint8_t mask) {
     const __m256i m = _mm256_set1_epi8((char) mask);
-    return {{_mm256_and_si256(_mm256_srli_epi16(b.v[0], SHIFT), m),
-             _mm256_and_si256(_mm256_srli_epi16(b.v[1], SHIFT), m)}};
+    return {
+        {_mm256_and_si256(_mm256_srli_epi16(b.v[0], SHIFT), m), _mm256_and_si256(_mm256_srli_epi16(b.v[1], SHIFT), m)}};
 }
 
 template <int SHIFT>

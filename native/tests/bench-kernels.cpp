@@ -1,5 +1,5 @@
-// GB/s of the kernels beside a plain streaming read, by type: gate (every row), up and down (a list of rows), and ggml's
-// own dot product over every row.
+// GB/s of the kernels beside a plain streaming read, by type: gate (every row), up and down (a list of rows), and
+// ggml's own dot product over every row.
 //   cmake -S native -B build/native-bench -G Ninja -DPROSPARSE_BUILD_TESTS=ON && cmake --build build/native-bench
 //   build/native-bench/tests/bench-kernels [THREADS [N_EMBD [N_FF [MiB]]]]
 #include "down-matrix.h"
@@ -40,7 +40,7 @@ struct memory {
         madvise(data, size, MADV_HUGEPAGE);
         memset(data, 1, size);
     }
-    memory(const memory&)             = delete;
+    memory(const memory&)            = delete;
     memory& operator=(const memory&) = delete;
     ~memory() { free(data); }
 };
@@ -61,11 +61,11 @@ double best_rate(int copies, double bytes, F&& f) {
 }
 
 double plain_read() {
-    const memory m(footprint << 20);
+    const memory      m(footprint << 20);
     volatile uint64_t sink = 0;
     return best_rate(1, (double) m.size, [&](int thread, int) {
-        const uint64_t * p   = (const uint64_t *) m.data;
-        const size_t     n   = m.size / 8, first = n * thread / n_threads / 8 * 8;
+        const uint64_t * p = (const uint64_t *) m.data;
+        const size_t     n = m.size / 8, first = n * thread / n_threads / 8 * 8;
         const size_t     last = n * (thread + 1) / n_threads / 8 * 8;
         uint64_t         s[8] = {};
         for (size_t i = first; i < last; i += 8) {
@@ -78,13 +78,13 @@ double plain_read() {
 }
 
 void measure(ggml_type type) {
-    const row_kernels&       kernels   = select_row_kernels();
-    const size_t             row_bytes = ggml_row_size(type, n_embd), bytes = row_bytes * n_ff;
-    const int                copies    = std::max<int>(1, (int) ((footprint << 20) / bytes));
-    const memory             rows(bytes * copies);
-    std::mt19937             engine(1);
+    const row_kernels&              kernels   = select_row_kernels();
+    const size_t                    row_bytes = ggml_row_size(type, n_embd), bytes = row_bytes * n_ff;
+    const int                       copies = std::max<int>(1, (int) ((footprint << 20) / bytes));
+    const memory                    rows(bytes * copies);
+    std::mt19937                    engine(1);
     std::normal_distribution<float> normal;
-    std::vector<float>       source(64 * n_embd), x(n_embd);
+    std::vector<float>              source(64 * n_embd), x(n_embd);
     for (float& v : source) {
         v = normal(engine);
     }
@@ -102,16 +102,17 @@ void measure(ggml_type type) {
         }
     }
     std::vector<uint8_t> place(row_input_bytes(n_embd) + 64);
-    const row_input      in = kernels.prepare(type, x.data(), n_embd, (void *) (((uintptr_t) place.data() + 63) & ~63ull));
-    std::vector<float>   out(n_ff * n_threads), h(active.size(), 0.5f);
+    const row_input in = kernels.prepare(type, x.data(), n_embd, (void *) (((uintptr_t) place.data() + 63) & ~63ull));
+    std::vector<float> out(n_ff * n_threads), h(active.size(), 0.5f);
 
-    const double gate = best_rate(copies, (double) bytes * copies, [&](int thread, int copy) {
+    const double gate    = best_rate(copies, (double) bytes * copies, [&](int thread, int copy) {
         kernels.dot_range(type, rows.data + copy * bytes, row_bytes, n_embd, n_ff * thread / n_threads,
                           n_ff * (thread + 1) / n_threads, in, out.data());
     });
     const double touched = (double) active.size() * row_bytes * copies;
     const double up      = best_rate(copies, touched, [&](int thread, int copy) {
-        const int64_t a = (int64_t) active.size() * thread / n_threads, b = (int64_t) active.size() * (thread + 1) / n_threads;
+        const int64_t a = (int64_t) active.size() * thread / n_threads,
+                      b = (int64_t) active.size() * (thread + 1) / n_threads;
         kernels.dot_list(type, rows.data + copy * bytes, row_bytes, n_embd, active.data() + a, b - a, in,
                          out.data() + n_ff * thread);
     });
@@ -133,9 +134,9 @@ void measure(ggml_type type) {
     double             down  = 0.0;
     const down_codec * codec = n_ff % ggml_blck_size(type) == 0 ? find_down_codec(type) : nullptr;
     if (codec != nullptr) {
-        const size_t size   = down_size(*codec, n_ff, n_embd);
-        const int    copies_ = std::max<int>(1, (int) ((footprint << 20) / size));
-        const memory m(size * copies_);
+        const size_t       size    = down_size(*codec, n_ff, n_embd);
+        const int          copies_ = std::max<int>(1, (int) ((footprint << 20) / size));
+        const memory       m(size * copies_);
         std::vector<float> y((n_embd + chunk_size) * n_threads);
         down = best_rate(copies_, (double) active.size() / n_ff * size * copies_, [&](int thread, int copy) {
             const down_view view = view_down(*codec, n_ff, n_embd, m.data + copy * size);
@@ -158,9 +159,9 @@ int main(int argc, char ** argv) {
     printf("%s, %d threads, n_embd %d, n_ff %d, plain read %.1f GB/s\n", select_row_kernels().name, n_threads,
            (int) n_embd, (int) n_ff, plain_read());
     printf("%-7s %6s %6s %6s %9s   GB/s\n", "type", "gate", "up", "down", "ggml gate");
-    for (ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1,
-                           GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K,
-                           GGML_TYPE_IQ4_NL, GGML_TYPE_IQ4_XS}) {
+    for (ggml_type type :
+         {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0,
+          GGML_TYPE_Q5_1, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K, GGML_TYPE_IQ4_NL, GGML_TYPE_IQ4_XS}) {
         if (n_embd % ggml_blck_size(type) == 0) {
             measure(type);
         }

@@ -7,6 +7,7 @@
 #include "gguf.h"
 
 #include "check.h"
+#include "row-kernels.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -15,6 +16,8 @@
 #include <string>
 
 extern "C" ggml_backend_reg_t ggml_backend_init(void);
+
+using namespace prosparse;
 
 namespace {
 
@@ -85,12 +88,18 @@ struct weight_data {
         }
     }
 
-    // W x, with x rounded as ggml's dot product rounds it
-    std::vector<double> product(const std::vector<float>& x) const {
+    // W x, with x rounded as our row kernels round it (ours), or as ggml's dot product does
+    std::vector<double> product(const std::vector<float>& x, bool ours) const {
         const ggml_type      x_type = ggml_get_type_traits_cpu(type)->vec_dot_type;
         std::vector<double>  rounded(x.begin(), x.end()), y(n_out);
-        std::vector<uint8_t> coded(ggml_row_size(x_type, n_in));
-        if (x_type != GGML_TYPE_F32) {
+        std::vector<uint8_t> coded(std::max(ggml_row_size(x_type, n_in), row_input_bytes(n_in) + 64));
+        if (ours && select_row_kernels().supports(type)) {
+            void *          place = (void *) (((uintptr_t) coded.data() + 63) & ~(uintptr_t) 63);
+            const row_input in    = select_row_kernels().prepare(type, x.data(), n_in, place);
+            for (int64_t i = 0; i < n_in && in.q != nullptr; ++i) {
+                rounded[i] = (double) in.d[i / 32] * in.q[i];
+            }
+        } else if (x_type != GGML_TYPE_F32) {
             ggml_get_type_traits_cpu(x_type)->from_float(x.data(), coded.data(), n_in);
             decode_row(x_type, coded.data(), rounded.data(), n_in);
         }
@@ -157,13 +166,13 @@ struct layer {
         gguf_free(gguf);
     }
 
-    // x: [n_tokens][n_embd]; n_active counts what the threshold lets through
-    std::vector<double> reference(const std::vector<float>& x, int64_t n_tokens, uint64_t& n_active) const {
+    // x: [n_tokens][n_embd]; ours: see product; n_active counts what the threshold lets through
+    std::vector<double> reference(const std::vector<float>& x, int64_t n_tokens, bool ours, uint64_t& n_active) const {
         std::vector<double> out;
         n_active = 0;
         for (int64_t t = 0; t < n_tokens; ++t) {
             const std::vector<float> row(x.begin() + t * gate.n_in, x.begin() + (t + 1) * gate.n_in);
-            std::vector<double>      g = gate.product(row), u = up.product(row);
+            std::vector<double>      g = gate.product(row, ours), u = up.product(row, ours);
             for (size_t i = 0; i < g.size(); ++i) {
                 const bool active = g[i] > 0.0 && g[i] >= threshold;
                 n_active += active;
@@ -238,12 +247,13 @@ void check_layer(const std::string& path, ggml_type type, ggml_type down_type, i
                  double limit, float threshold, std::initializer_list<int> token_counts) {
     const layer l(path, type, down_type, n_embd, n_ff, threshold);
     for (int n_tokens : token_counts) {
-        const std::vector<float>  x = make_input(n_embd, n_tokens);
-        uint64_t                  n_active;
-        const std::vector<double> expected = l.reference(x, n_tokens, n_active);
+        const std::vector<float> x = make_input(n_embd, n_tokens);
         for (const graph_options& options :
              {graph_options{}, graph_options{3, false, true, true}, graph_options{1, true, false, false}}) {
-            prosparse_layer_stats stats;
+            uint64_t                  n_active;
+            const bool                fused    = !options.broken && n_tokens <= 16;
+            const std::vector<double> expected = l.reference(x, n_tokens, fused, n_active);
+            prosparse_layer_stats     stats;
             prosparse_model_stats(l.model.get(), &stats, true);
             const double error = relative_l2(compute(l, x, n_tokens, options), expected);
             prosparse_model_stats(l.model.get(), &stats, true);

@@ -32,11 +32,11 @@ memory allocate(size_t size) { // exactly so much, so that ASan sees any excess
 }
 
 struct matrix {
-    ggml_type           type;
-    int64_t             n, n_rows;
-    size_t              row_bytes;
+    ggml_type            type;
+    int64_t              n, n_rows;
+    size_t               row_bytes;
     std::vector<uint8_t> rows;   // exact size
-    std::vector<float>  values; // [n_rows][n]
+    std::vector<float>   values; // [n_rows][n]
 };
 
 matrix make_matrix(ggml_type type, int64_t n, int64_t n_rows, bool random_bytes) {
@@ -46,13 +46,12 @@ matrix make_matrix(ggml_type type, int64_t n, int64_t n_rows, bool random_bytes)
     ggml_quantize_chunk(type, source.data(), m.rows.data(), 0, n_rows, n, nullptr);
     if (random_bytes) { // any codes and sub-scales: only the float scales stay as they are
         std::mt19937               engine(9);
-        const std::vector<uint8_t> kept       = m.rows;
-        const size_t               block      = ggml_type_size(type);
-        const bool                 last_is_d  = type == GGML_TYPE_Q6_K;
-        const size_t               n_scales   = type == GGML_TYPE_Q4_1 || type == GGML_TYPE_Q5_1 ||
-                                        type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q5_K
-                                                    ? 4
-                                                    : 2;
+        const std::vector<uint8_t> kept      = m.rows;
+        const size_t               block     = ggml_type_size(type);
+        const bool                 last_is_d = type == GGML_TYPE_Q6_K;
+        const size_t               n_scales =
+            type == GGML_TYPE_Q4_1 || type == GGML_TYPE_Q5_1 || type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q5_K ? 4
+                                                                                                                 : 2;
         for (size_t i = 0; i < m.rows.size(); ++i) {
             const size_t at = i % block;
             if (last_is_d ? at < block - 2 : at >= n_scales) {
@@ -142,8 +141,8 @@ void test_matrix(const row_kernels& kernels, const matrix& m) {
 // A value that is not finite must reach the result.
 void test_nan(const row_kernels& kernels, const matrix& m) {
     for (float bad : {NAN, INFINITY}) {
-        std::vector<float> x = random_normal(m.n, 1);
-        x[m.n - 1]           = bad;
+        std::vector<float> x  = random_normal(m.n, 1);
+        x[m.n - 1]            = bad;
         const memory    place = allocate(row_input_bytes(m.n));
         const row_input in    = kernels.prepare(m.type, x.data(), m.n, place.get());
         float           out   = 0.0f;
